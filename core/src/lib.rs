@@ -1,0 +1,21 @@
+//! What routers and workers must agree on, bit for bit: page hashes, sampling
+//! parameters and their limits, the noise that makes sampling reproducible, and the
+//! classes of errors.
+
+#![forbid(unsafe_code)]
+
+mod class;
+mod noise;
+mod page;
+mod params;
+
+pub use class::Class;
+pub use noise::NoiseKey;
+pub use page::{Namespace, PAGE_TOKENS, PageHash, Role};
+pub use params::{
+    LogitBias, MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS, ParamError, Sampling, Scoring,
+    Stopping,
+};
+
+/// A token of the model's vocabulary.
+pub type TokenId = u32;

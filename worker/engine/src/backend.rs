@@ -1,0 +1,113 @@
+//! What a backend must do: run one step over a batch of rows.
+
+use std::ops::Range;
+
+use shoal_core::{Class, Role};
+
+use crate::spec::ModelSpec;
+
+/// Equal ids give equal logits, bit for bit: a hash of the weights, the numerics version of
+/// the code, and the settings that change a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NumericsId(pub [u8; 32]);
+
+/// The rows of one step. A row is one token of one sequence at one position.
+///
+/// Every row's key and value are stored before any row attends, so a segment may attend to
+/// rows of an earlier segment of the same sequence in the same batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// Token of each row.
+    pub tokens: &'a [u32],
+    /// Position of each row in its sequence, from 0.
+    pub positions: &'a [u32],
+    /// Runs of consecutive positions of one sequence, in row order, covering every row once.
+    pub segments: &'a [Segment],
+    /// KV pages of all sequences, one after the other; `Segment::pages` points in here.
+    pub page_table: &'a [u32],
+    /// Rows whose logits are wanted, ascending.
+    pub logit_rows: &'a [u32],
+}
+
+/// Consecutive positions of one sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// The rows of the batch.
+    pub rows: Range<u32>,
+    /// Where the sequence's pages stand in `Batch::page_table`. Position p lives in page
+    /// `p / PAGE_TOKENS` of them, at offset `p % PAGE_TOKENS`; they reach past the last row.
+    pub pages: Range<u32>,
+    /// All rows of a segment have one role; it decides their numeric path.
+    pub role: Role,
+}
+
+/// A failed step. The KV pages of its sequences are undefined from their first row on.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum BackendError {
+    /// The batch is larger than the backend was built for.
+    #[error("batch has {rows} rows, the backend takes {max}")]
+    BatchTooLarge {
+        /// Rows of the batch.
+        rows: usize,
+        /// Rows that fit.
+        max: usize,
+    },
+    /// The weights do not match the spec, or are of an unsupported type.
+    #[error("tensor {tensor}: {reason}")]
+    Weights {
+        /// Name in the file.
+        tensor: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Weights and KV pool do not fit.
+    #[error("{needed} bytes are needed for {what}, {available} are available")]
+    OutOfMemory {
+        /// What they are for.
+        what: &'static str,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes there are.
+        available: u64,
+    },
+    /// The device or library under the backend failed.
+    #[error("device: {0}")]
+    Device(String),
+}
+
+impl BackendError {
+    /// What to do about it.
+    pub fn class(&self) -> Class {
+        match self {
+            Self::BatchTooLarge { .. } | Self::Weights { .. } | Self::OutOfMemory { .. } => {
+                Class::Fatal
+            }
+            Self::Device(_) => Class::Retry,
+        }
+    }
+}
+
+/// Runs the model. One backend owns its weights and its KV pool.
+pub trait Backend: Send {
+    /// Field name: `cpu`, `candle`.
+    fn name(&self) -> &'static str;
+
+    /// The shape of the model.
+    fn spec(&self) -> &ModelSpec;
+
+    /// See [`NumericsId`].
+    fn numerics_id(&self) -> NumericsId;
+
+    /// Pages in the KV pool; page numbers are below this.
+    fn pages(&self) -> u32;
+
+    /// Most rows of one step.
+    fn max_rows(&self) -> usize;
+
+    /// Most rows of one step that want logits.
+    fn max_logit_rows(&self) -> usize;
+
+    /// Stores the keys and values of every row, and writes the logits of row
+    /// `batch.logit_rows[i]` to `logits[i * vocab..][..vocab]`.
+    fn step(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError>;
+}

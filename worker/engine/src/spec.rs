@@ -1,0 +1,69 @@
+//! The shape of a model, read from its file once and shared by every backend.
+
+/// Families of decoder-only transformers that the engine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Architecture {
+    /// Llama 1–3 and Mistral (`llama` in GGUF).
+    Llama,
+    /// Qwen 2 and 2.5: biases on q, k and v.
+    Qwen2,
+    /// Qwen 3: RMS norm on each head of q and k.
+    Qwen3,
+}
+
+/// Which elements of a head rotate together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeKind {
+    /// Elements 2i and 2i+1.
+    Interleaved,
+    /// Elements i and i + dims/2 (GPT-NeoX).
+    Halves,
+}
+
+/// Rotary position embedding (Su et al. 2021), every scaling resolved to plain frequencies.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Pairing of the elements.
+    pub kind: RopeKind,
+    /// Radians per position of each pair; pairs beyond these do not rotate.
+    pub inv_freq: Vec<f32>,
+    /// Multiplies sine and cosine (YaRN's attention factor); 1 otherwise.
+    pub magnitude: f32,
+}
+
+/// The shape of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelSpec {
+    /// The family.
+    pub architecture: Architecture,
+    /// `general.name` of the file, or its architecture.
+    pub name: String,
+    /// Most common weight type, as GGUF names it: `Q4_1`.
+    pub quantization: String,
+    /// Transformer blocks.
+    pub n_layer: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Query heads.
+    pub n_head: usize,
+    /// Key and value heads; divides `n_head`.
+    pub n_kv_head: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Width of the feed-forward layer.
+    pub d_ff: usize,
+    /// Tokens of the vocabulary: rows of the embedding.
+    pub vocab: usize,
+    /// Longest sequence, in tokens.
+    pub context: usize,
+    /// Position embedding.
+    pub rope: Rope,
+    /// Epsilon of every RMS norm.
+    pub rms_eps: f32,
+    /// q, k and v have biases.
+    pub qkv_bias: bool,
+    /// Heads of q and k are normalised before the rotation.
+    pub qk_norm: bool,
+    /// The head is the embedding.
+    pub tied_head: bool,
+}
