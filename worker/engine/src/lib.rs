@@ -5,5 +5,16 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod config;
+pub mod engine;
+mod kv;
+pub mod metrics;
 pub mod request;
+mod sampler;
+mod scheduler;
+mod sequence;
 pub mod spec;
+mod step;
+
+#[cfg(test)]
+mod tests;

@@ -50,6 +50,9 @@ pub enum SubmitError {
     /// The engine takes no new sequences.
     #[error("draining")]
     Draining,
+    /// A sequence of this name is in the engine.
+    #[error("sequence {} of session {} is already here", .0.sequence, .0.session)]
+    Duplicate(SequenceKey),
     /// The engine has stopped.
     #[error("the engine has stopped: {0}")]
     Stopped(String),
@@ -149,13 +152,13 @@ pub struct Load {
     pub running: u32,
     /// Sequences waiting for their first step, or for their pages back.
     pub waiting: u32,
-    /// Prompt tokens of the waiting that no page holds.
+    /// Prompt tokens of the waiting that no page held when they began to wait.
     pub waiting_uncached_tokens: u64,
     /// Share of the pool's pages that sequences hold; cached free pages do not count. 0 to 1.
     pub kv_usage: f64,
-    /// Prompt tokens computed per second of late.
+    /// Prompt tokens computed per second of late, in steps that computed some.
     pub prefill_tps: f64,
-    /// Output tokens made per second of late.
+    /// Output tokens made per second of late, in steps that made some.
     pub decode_tps: f64,
     /// Median step time of late, milliseconds.
     pub step_ms_p50: f64,

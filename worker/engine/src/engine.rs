@@ -1,0 +1,348 @@
+//! The engine: a thread that runs steps, and the handle that others hold.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use shoal_core::Class;
+
+use crate::backend::{Backend, NumericsId};
+use crate::config::{ConfigError, EngineConfig, Limits};
+use crate::metrics::EngineMetrics;
+use crate::request::{Finish, Load, Request, SequenceKey, StepSink, SubmitError};
+use crate::sequence::{Rank, Sequence};
+use crate::step::Stepper;
+
+/// Why no engine was started.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The settings are wrong.
+    #[error("engine settings")]
+    Config(#[from] ConfigError),
+    /// The operating system gave no thread.
+    #[error("cannot start the engine's thread")]
+    Thread(#[source] std::io::Error),
+}
+
+impl EngineError {
+    /// What to do about it.
+    pub fn class(&self) -> Class {
+        match self {
+            Self::Config(error) => error.class(),
+            Self::Thread(_) => Class::Fatal,
+        }
+    }
+}
+
+/// Starts engines.
+#[derive(Debug)]
+pub struct Engine;
+
+impl Engine {
+    /// Starts the engine's thread. It parks while there is nothing to do, and ends with
+    /// [`EngineHandle::stop`] or with the last handle.
+    pub fn start(
+        backend: Box<dyn Backend>,
+        config: EngineConfig,
+        sink: Box<dyn StepSink>,
+    ) -> Result<EngineHandle, EngineError> {
+        let limits = Limits::resolve(&config, backend.as_ref())?;
+        let metrics = EngineMetrics::default();
+        let shared = Arc::new(Shared {
+            numerics: backend.numerics_id(),
+            limits: limits.clone(),
+            started: Instant::now(),
+            inbox: Mutex::default(),
+            wake: Condvar::new(),
+            steps: AtomicU64::new(0),
+            load: Mutex::default(),
+            metrics: metrics.clone(),
+        });
+        let stepper = Stepper::new(backend, limits, metrics, Box::new(Instant::now));
+        let engine = Loop {
+            shared: Arc::clone(&shared),
+            stepper,
+            sink,
+        };
+        let thread = thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || engine.run())
+            .map_err(EngineError::Thread)?;
+        Ok(EngineHandle {
+            owner: Arc::new(Owner {
+                shared,
+                thread: Mutex::new(Some(thread)),
+            }),
+        })
+    }
+}
+
+/// Access to a running engine. The engine stops when the last clone is dropped.
+#[derive(Clone, Debug)]
+pub struct EngineHandle {
+    owner: Arc<Owner>,
+}
+
+#[derive(Debug)]
+struct Owner {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// What the handles and the thread share.
+#[derive(Debug)]
+struct Shared {
+    numerics: NumericsId,
+    limits: Limits,
+    started: Instant,
+    inbox: Mutex<Inbox>,
+    wake: Condvar,
+    steps: AtomicU64,
+    load: Mutex<Load>,
+    metrics: EngineMetrics,
+}
+
+/// Commands that the thread has not seen yet, and what submissions are judged by.
+#[derive(Debug, Default)]
+struct Inbox {
+    submitted: Vec<Box<Sequence>>,
+    cancelled: Vec<SequenceKey>,
+    /// Every sequence whose end is not published, and whether it was cancelled. Bounds the
+    /// two lists above.
+    live: HashMap<SequenceKey, bool>,
+    /// Of those, the ones that held pages after the last step.
+    running: usize,
+    ordinal: u64,
+    drain: Option<Drain>,
+    stop: bool,
+    /// Why the thread has ended.
+    stopped: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Drain {
+    deadline: Option<Instant>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl EngineHandle {
+    /// Queues a sequence. Everything it makes, its end included, goes to the sink.
+    pub fn submit(&self, request: Request) -> Result<(), SubmitError> {
+        let shared = &self.owner.shared;
+        let now = Instant::now();
+        let mut sequence = Sequence::new(request, &shared.limits, &shared.numerics, now)?;
+        let mut inbox = lock(&shared.inbox);
+        if let Some(reason) = &inbox.stopped {
+            return Err(SubmitError::Stopped(reason.clone()));
+        }
+        if inbox.drain.is_some() || inbox.stop {
+            return Err(SubmitError::Draining);
+        }
+        let limit = shared.limits.max_waiting;
+        if inbox.live.len().saturating_sub(inbox.running) >= limit {
+            return Err(SubmitError::Overloaded { limit });
+        }
+        if inbox.live.contains_key(&sequence.key) {
+            return Err(SubmitError::Duplicate(sequence.key));
+        }
+        inbox.ordinal += 1;
+        sequence.rank = Rank::new(
+            inbox.ordinal,
+            now.saturating_duration_since(shared.started),
+            sequence.priority,
+            shared.limits.priority_aging,
+        );
+        inbox.live.insert(sequence.key, false);
+        inbox.submitted.push(Box::new(sequence));
+        drop(inbox);
+        shared.wake.notify_one();
+        Ok(())
+    }
+
+    /// Ends a sequence with [`Finish::Cancelled`] before the next step; without effect if it
+    /// has ended already.
+    pub fn cancel(&self, key: SequenceKey) {
+        self.cancel_where(|other| other == key);
+    }
+
+    /// Cancels every sequence of a session.
+    pub fn cancel_session(&self, session: u64) {
+        self.cancel_where(|key| key.session == session);
+    }
+
+    fn cancel_where(&self, is_out: impl Fn(SequenceKey) -> bool) {
+        let shared = &self.owner.shared;
+        let mut inbox = lock(&shared.inbox);
+        let Inbox {
+            live, cancelled, ..
+        } = &mut *inbox;
+        for (&key, seen) in live
+            .iter_mut()
+            .filter(|(key, seen)| !**seen && is_out(**key))
+        {
+            *seen = true;
+            cancelled.push(key);
+        }
+        drop(inbox);
+        shared.wake.notify_one();
+    }
+
+    /// The load as of the last step.
+    pub fn load(&self) -> Load {
+        *lock(&self.owner.shared.load)
+    }
+
+    /// Steps published so far: an engine that hangs shows here.
+    pub fn steps(&self) -> u64 {
+        self.owner.shared.steps.load(Ordering::Relaxed)
+    }
+
+    /// Takes no new sequences. Those still here at the deadline, if there is one, end with
+    /// [`Finish::Preempted`]. A second call replaces the deadline.
+    pub fn drain(&self, deadline: Option<Instant>) {
+        lock(&self.owner.shared.inbox).drain = Some(Drain { deadline });
+        self.owner.shared.wake.notify_one();
+    }
+
+    /// Takes new sequences again.
+    pub fn undrain(&self) {
+        lock(&self.owner.shared.inbox).drain = None;
+    }
+
+    /// Whether new sequences are refused.
+    pub fn is_draining(&self) -> bool {
+        lock(&self.owner.shared.inbox).drain.is_some()
+    }
+
+    /// Whether the end of every sequence has been published.
+    pub fn is_idle(&self) -> bool {
+        lock(&self.owner.shared.inbox).live.is_empty()
+    }
+
+    /// Why the engine has stopped, if it has.
+    pub fn stopped(&self) -> Option<String> {
+        lock(&self.owner.shared.inbox).stopped.clone()
+    }
+
+    /// Ends every sequence with [`Finish::Preempted`], and the thread.
+    pub fn stop(&self) {
+        self.owner.stop();
+    }
+
+    /// The engine's metrics.
+    pub fn metrics(&self) -> &EngineMetrics {
+        &self.owner.shared.metrics
+    }
+}
+
+impl Owner {
+    fn stop(&self) {
+        lock(&self.shared.inbox).stop = true;
+        self.shared.wake.notify_one();
+        let Some(thread) = lock(&self.thread).take() else {
+            return;
+        };
+        // A sink may hold the last handle; a thread cannot wait for itself.
+        if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+            tracing::error!("the engine's thread panicked");
+        }
+    }
+}
+
+/// The engine's thread.
+struct Loop {
+    shared: Arc<Shared>,
+    stepper: Stepper,
+    sink: Box<dyn StepSink>,
+}
+
+impl Loop {
+    /// Runs until it is stopped or the backend is broken; then ends what is left.
+    fn run(mut self) {
+        // A panicking backend must not leave its sequences without an end.
+        let result = catch_unwind(AssertUnwindSafe(|| self.steps()));
+        let reason = result.unwrap_or_else(|_| "it panicked".into());
+        let mut inbox = lock(&self.shared.inbox);
+        inbox.stopped = Some(reason);
+        let submitted = std::mem::take(&mut inbox.submitted);
+        drop(inbox);
+        for sequence in submitted {
+            self.stepper.submit(sequence);
+        }
+        self.stepper.end(Finish::Preempted, |_| true);
+        self.publish();
+    }
+
+    /// Steps until something ends it; says what.
+    fn steps(&mut self) -> String {
+        let mut submitted = Vec::new();
+        let mut cancelled = Vec::new();
+        loop {
+            let mut inbox = lock(&self.shared.inbox);
+            while self.stepper.is_idle()
+                && !inbox.stop
+                && inbox.submitted.is_empty()
+                && inbox.cancelled.is_empty()
+            {
+                inbox = self
+                    .shared
+                    .wake
+                    .wait(inbox)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+            if inbox.stop {
+                return "it was stopped".into();
+            }
+            std::mem::swap(&mut inbox.submitted, &mut submitted);
+            std::mem::swap(&mut inbox.cancelled, &mut cancelled);
+            let drain = inbox.drain;
+            drop(inbox);
+
+            for sequence in submitted.drain(..) {
+                self.stepper.submit(sequence);
+            }
+            if !cancelled.is_empty() {
+                self.stepper
+                    .end(Finish::Cancelled, |s| cancelled.contains(&s.key));
+                cancelled.clear();
+            }
+            let deadline = drain.and_then(|drain| drain.deadline);
+            if deadline.is_some_and(|deadline| deadline <= self.stepper.now()) {
+                self.stepper.end(Finish::Preempted, |_| true);
+            }
+            let result = self.stepper.step();
+            self.publish();
+            if let Err(error) = result {
+                tracing::error!(%error, "the backend is broken; the engine stops");
+                return error.to_string();
+            }
+        }
+    }
+
+    /// Publishes what has been made, and forgets the sequences that ended.
+    fn publish(&mut self) {
+        let running = self.stepper.running();
+        let (output, load) = self.stepper.output();
+        *lock(&self.shared.load) = load;
+        let step = self.shared.steps.fetch_add(1, Ordering::Relaxed) + 1;
+        self.sink.publish(step, &mut output.sequences, &load);
+        output.sequences.clear();
+        let mut inbox = lock(&self.shared.inbox);
+        inbox.running = running;
+        for key in output.ended.drain(..) {
+            inbox.live.remove(&key);
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! From a row of logits to a token, as [`Sampling`] defines it.
+//!
+//! A token is drawn by an exponential race (see [`shoal_core::NoiseKey`]): its noise depends on
+//! seed, choice, absolute output position and token alone, so nothing here has a state that a
+//! preemption could lose. All arithmetic is done in a fixed order with no platform library, so
+//! equal logits give equal tokens on every machine.
+
+mod counts;
+mod logprob;
+mod math;
+mod race;
+mod rows;
+mod truncate;
+
+use shoal_core::{Class, NoiseKey, Sampling, TokenId};
+
+pub(crate) use self::counts::Counts;
+use self::race::Race;
+use self::truncate::Truncation;
+
+/// Why no token could be drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum SampleError {
+    /// The backend's logits hold a NaN or plus infinity.
+    #[error("the logits hold a NaN or an infinity")]
+    NotFinite,
+    /// Every token is masked.
+    #[error("no token is allowed")]
+    NothingAllowed,
+}
+
+impl SampleError {
+    /// What to do about it.
+    pub(crate) fn class(self) -> Class {
+        match self {
+            Self::NotFinite => Class::Retry,
+            Self::NothingAllowed => Class::Client,
+        }
+    }
+}
+
+/// What a draw needs beside the logits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Draw<'a> {
+    pub(crate) sampling: &'a Sampling,
+    pub(crate) counts: &'a Counts,
+    /// Tokens that may not be drawn.
+    pub(crate) masked: &'a [TokenId],
+    /// Absolute output position of the token to draw.
+    pub(crate) position: u32,
+}
+
+/// Draws tokens and computes their log-probabilities. Holds scratch memory only.
+#[derive(Debug, Default)]
+pub(crate) struct Sampler {
+    /// Logits that a draw changed, with their old values.
+    changed: Vec<(TokenId, f32)>,
+    block_max: Vec<f32>,
+    truncation: Truncation,
+}
+
+impl Sampler {
+    /// Draws one token. The logits are as they were on return.
+    pub(crate) fn draw(
+        &mut self,
+        logits: &mut [f32],
+        draw: Draw<'_>,
+    ) -> Result<TokenId, SampleError> {
+        adjust(logits, draw, &mut self.changed);
+        let token = self.draw_adjusted(logits, draw);
+        // Last change first, so that a token changed twice ends with its first value.
+        while let Some((token, old)) = self.changed.pop() {
+            logits[token as usize] = old;
+        }
+        token
+    }
+
+    fn draw_adjusted(&mut self, logits: &[f32], draw: Draw<'_>) -> Result<TokenId, SampleError> {
+        let max = rows::block_maxima(logits, &mut self.block_max)?;
+        let sampling = draw.sampling;
+        if sampling.temperature == 0.0 {
+            return Ok(rows::first_of(logits, &self.block_max, max));
+        }
+        let key = NoiseKey::new(sampling.seed, sampling.choice, draw.position);
+        let mut race = Race::new(key, max, sampling.temperature, sampling.min_p);
+        if sampling.top_k == 0 && sampling.top_p >= 1.0 {
+            race.enter(rows::first_of(logits, &self.block_max, max), max);
+            race.enter_all(logits);
+        } else {
+            let kept = self.truncation.keep(logits, &self.block_max, max, sampling);
+            for candidate in kept {
+                race.enter(candidate.token(), candidate.logit());
+            }
+        }
+        Ok(race.winner())
+    }
+}
+
+/// Applies bias, penalties and mask, in the order of [`Sampling`], noting what it changes.
+fn adjust(logits: &mut [f32], draw: Draw<'_>, changed: &mut Vec<(TokenId, f32)>) {
+    let sampling = draw.sampling;
+    let mut set = |token: TokenId, to: &dyn Fn(f32) -> f32| {
+        let logit = &mut logits[token as usize];
+        changed.push((token, *logit));
+        *logit = to(*logit);
+    };
+    for &(token, bias) in &sampling.logit_bias {
+        set(token, &|logit| logit + bias);
+    }
+    for (token, in_output) in draw.counts.iter() {
+        set(token, &|logit| {
+            let repeated = if logit > 0.0 {
+                logit / sampling.repetition_penalty
+            } else {
+                logit * sampling.repetition_penalty
+            };
+            if in_output == 0 {
+                return repeated;
+            }
+            let frequency = sampling.frequency_penalty * in_output as f32;
+            repeated - sampling.presence_penalty - frequency
+        });
+    }
+    for &token in draw.masked {
+        set(token, &|_| f32::NEG_INFINITY);
+    }
+}
+
+#[cfg(test)]
+mod tests;

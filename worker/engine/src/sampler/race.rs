@@ -1,0 +1,98 @@
+//! The exponential race: the token with the least `E / w` wins, the lowest id on a tie.
+
+use shoal_core::{NoiseKey, TokenId};
+
+use super::math::{exp_neg, log2_below};
+use super::rows::{BLOCK, LANES};
+
+/// Covers every rounding in the bound below, with room to spare.
+const SLACK: f32 = 0.01;
+
+/// A race between tokens of one row.
+#[derive(Debug)]
+pub(super) struct Race {
+    key: NoiseKey,
+    max: f32,
+    inverse_temperature: f32,
+    min_p: f32,
+    best: (f32, TokenId),
+    /// Scores whose log2 is surely above this lose.
+    log2_best: f32,
+}
+
+/// 1 / temperature, finite for the smallest temperature too.
+pub(super) fn inverse(temperature: f32) -> f32 {
+    (1.0 / temperature).min(f32::MAX)
+}
+
+impl Race {
+    /// A race at `temperature` over a row whose largest logit is `max`. Tokens of less than
+    /// `min_p` of its probability do not run.
+    pub(super) fn new(key: NoiseKey, max: f32, temperature: f32, min_p: f32) -> Self {
+        Self {
+            key,
+            max,
+            inverse_temperature: inverse(temperature),
+            min_p,
+            best: (f32::INFINITY, TokenId::MAX),
+            log2_best: f32::INFINITY,
+        }
+    }
+
+    /// The winner among those entered; there must be one of weight above 0.
+    pub(super) fn winner(&self) -> TokenId {
+        self.best.1
+    }
+
+    /// Enters one token.
+    pub(super) fn enter(&mut self, token: TokenId, logit: f32) {
+        let weight = exp_neg((logit - self.max) * self.inverse_temperature);
+        if weight == 0.0 || weight < self.min_p {
+            return;
+        }
+        // The uniform bounds the exponential from below and needs no logarithm.
+        if self.key.uniform(token) > self.best.0 * weight * (1.0 + SLACK) {
+            return;
+        }
+        let entry = (self.key.exponential(token) / weight, token);
+        if entry < self.best {
+            self.best = entry;
+            self.log2_best = libm::log2f(entry.0) + SLACK;
+        }
+    }
+
+    /// Enters every token of a row. Someone must have been entered already.
+    ///
+    /// Neither exp nor log is taken of most: with `U <= E`, a token loses surely if
+    /// `log2 U - log2 w` is above the logarithm of the best score, where log2 U is bounded
+    /// from below by its float's bits and log2 w is linear in the logit.
+    pub(super) fn enter_all(&mut self, logits: &[f32]) {
+        let scale = (self.inverse_temperature * std::f32::consts::LOG2_E).min(f32::MAX);
+        let (key, max) = (self.key, self.max);
+        let bound = |token: usize, logit: f32| {
+            log2_below(key.uniform(token as TokenId)) - (logit - max) * scale
+        };
+        let (blocks, rest) = logits.as_chunks::<BLOCK>();
+        for (index, block) in blocks.iter().enumerate() {
+            let start = index * BLOCK;
+            let mut least = [f32::INFINITY; LANES];
+            let (vectors, _) = block.as_chunks::<LANES>();
+            for (v, vector) in vectors.iter().enumerate() {
+                for i in 0..LANES {
+                    let b = bound(start + v * LANES + i, vector[i]);
+                    least[i] = if b < least[i] { b } else { least[i] };
+                }
+            }
+            if least.iter().all(|&b| b > self.log2_best) {
+                continue;
+            }
+            for (i, &logit) in block.iter().enumerate() {
+                self.enter((start + i) as TokenId, logit);
+            }
+        }
+        let start = blocks.len() * BLOCK;
+        for (i, &logit) in rest.iter().enumerate() {
+            self.enter((start + i) as TokenId, logit);
+        }
+    }
+}

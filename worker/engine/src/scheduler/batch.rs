@@ -1,0 +1,130 @@
+//! The planned rows, laid out for the backend.
+
+use std::ops::Range;
+
+use shoal_core::TokenId;
+
+use crate::backend::{Batch, Segment};
+use crate::sequence::Sequence;
+
+/// One sequence's part of a batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Slot {
+    /// Its place among the running.
+    pub(crate) index: usize,
+    /// Its rows of the batch.
+    pub(crate) rows: Range<usize>,
+    /// Its logit rows that score prompt tokens.
+    pub(crate) scoring: Range<usize>,
+    /// Its logit rows to draw tokens from, after those.
+    pub(crate) drawing: Range<usize>,
+}
+
+/// The memory of a batch, used again by every step.
+#[derive(Debug, Default)]
+pub(crate) struct BatchBuffer {
+    tokens: Vec<TokenId>,
+    positions: Vec<u32>,
+    segments: Vec<Segment>,
+    page_table: Vec<u32>,
+    logit_rows: Vec<u32>,
+    slots: Vec<Slot>,
+    prefill_rows: usize,
+}
+
+impl BatchBuffer {
+    /// Lays out the planned rows of the running sequences: decode rows, then the rest.
+    pub(crate) fn fill(&mut self, running: &[Box<Sequence>]) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.segments.clear();
+        self.page_table.clear();
+        self.logit_rows.clear();
+        self.slots.clear();
+        self.prefill_rows = 0;
+        for decoding in [true, false] {
+            for (index, sequence) in running.iter().enumerate() {
+                if sequence.planned > 0 && sequence.is_decoding() == decoding {
+                    self.add(index, sequence);
+                }
+            }
+            if decoding {
+                self.prefill_rows = self.tokens.len();
+            }
+        }
+        self.prefill_rows = self.tokens.len() - self.prefill_rows;
+    }
+
+    fn add(&mut self, index: usize, sequence: &Sequence) {
+        let positions = sequence.computed..sequence.computed + sequence.planned;
+        let first_row = self.tokens.len();
+        let row_of = |position: usize| (first_row + position - positions.start) as u32;
+
+        let first_page = self.page_table.len() as u32;
+        self.page_table.extend_from_slice(&sequence.pages);
+        let pages = first_page..self.page_table.len() as u32;
+        let border = sequence.prompt_len().clamp(positions.start, positions.end);
+        for part in [positions.start..border, border..positions.end] {
+            if !part.is_empty() {
+                self.segments.push(Segment {
+                    rows: row_of(part.start)..row_of(part.end),
+                    pages: pages.clone(),
+                    role: sequence.role(part.start),
+                });
+            }
+        }
+        self.tokens
+            .extend_from_slice(&sequence.tokens()[positions.clone()]);
+        self.positions.extend(positions.clone().map(|p| p as u32));
+
+        let first_logit = self.logit_rows.len();
+        let scoring = sequence.scoring_rows(sequence.planned);
+        self.logit_rows.extend(scoring.map(row_of));
+        let scored = self.logit_rows.len();
+        if sequence.samples_after(sequence.planned) {
+            self.logit_rows.push(row_of(positions.end - 1));
+        }
+        self.slots.push(Slot {
+            index,
+            rows: first_row..self.tokens.len(),
+            scoring: first_logit..scored,
+            drawing: scored..self.logit_rows.len(),
+        });
+    }
+
+    /// What the backend sees.
+    pub(crate) fn batch(&self) -> Batch<'_> {
+        Batch {
+            tokens: &self.tokens,
+            positions: &self.positions,
+            segments: &self.segments,
+            page_table: &self.page_table,
+            logit_rows: &self.logit_rows,
+        }
+    }
+
+    /// The sequences of the batch.
+    pub(crate) fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// Rows of known tokens.
+    pub(crate) fn prefill_rows(&self) -> usize {
+        self.prefill_rows
+    }
+
+    /// Rows of tokens made by the last step.
+    pub(crate) fn decode_rows(&self) -> usize {
+        self.tokens.len() - self.prefill_rows
+    }
+
+    /// Rows with logits.
+    pub(crate) fn logits(&self) -> usize {
+        self.logit_rows.len()
+    }
+
+    /// The tokens that the rows of a slot hold.
+    pub(crate) fn tokens_of(&self, slot: &Slot) -> &[TokenId] {
+        &self.tokens[slot.rows.clone()]
+    }
+}

@@ -1,0 +1,95 @@
+//! How many prompt rows fit beside decoding sequences: a line fitted to measured step times.
+
+use std::time::Duration;
+
+use crate::metrics::StepStats;
+
+/// What an older step still counts when a new one comes.
+const FADE: f64 = 0.98;
+/// Steps measured before the fit is believed.
+const WARM_UP: f64 = 8.0;
+/// Prompt rows that every step may add, whatever they cost: prompts must come to an end.
+const LEAST: usize = 32;
+
+/// Least squares of `seconds = base + slope * rows` over recent steps, weights fading.
+#[derive(Clone, Debug, Default)]
+pub(super) struct StepTimeModel {
+    weight: f64,
+    rows: f64,
+    rows_squared: f64,
+    seconds: f64,
+    rows_seconds: f64,
+}
+
+impl StepTimeModel {
+    /// Learns from one step.
+    pub(super) fn add(&mut self, stats: &StepStats) {
+        let rows = (stats.prefill_rows + stats.decode_rows) as f64;
+        let seconds = stats.time.as_secs_f64();
+        for (sum, value) in [
+            (&mut self.weight, 1.0),
+            (&mut self.rows, rows),
+            (&mut self.rows_squared, rows * rows),
+            (&mut self.seconds, seconds),
+            (&mut self.rows_seconds, rows * seconds),
+        ] {
+            *sum = *sum * FADE + value;
+        }
+    }
+
+    /// Base and slope, once steps of different sizes have been seen.
+    fn fit(&self) -> Option<(f64, f64)> {
+        let spread = self.weight * self.rows_squared - self.rows * self.rows;
+        if self.weight < WARM_UP || spread < 1.0 {
+            return None;
+        }
+        let covariance = self.weight * self.rows_seconds - self.rows * self.seconds;
+        let slope = covariance / spread;
+        let base = (self.seconds - slope * self.rows) / self.weight;
+        (slope > 0.0).then_some((base.max(0.0), slope))
+    }
+
+    /// Prompt rows beside `decodes` decode rows for a step within `target`; at most `most`, and
+    /// that many while nothing is known.
+    pub(super) fn chunk(&self, decodes: usize, most: usize, target: Duration) -> usize {
+        let Some((base, slope)) = self.fit() else {
+            return most;
+        };
+        let rows = (target.as_secs_f64() - base) / slope - decodes as f64;
+        (rows.max(0.0) as usize).clamp(LEAST.min(most), most)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trained(base_us: u64, row_us: u64) -> StepTimeModel {
+        let mut model = StepTimeModel::default();
+        for i in 0..60 {
+            let prefill_rows = (i % 4) * 50;
+            model.add(&StepStats {
+                time: Duration::from_micros(base_us + row_us * (prefill_rows as u64 + 4)),
+                prefill_rows,
+                decode_rows: 4,
+                output_tokens: 4,
+            });
+        }
+        model
+    }
+
+    #[test]
+    fn chunk_ends_at_the_target() {
+        let target = Duration::from_millis(20);
+        assert_eq!(trained(2000, 100).chunk(4, 1000, target).abs_diff(176), 0);
+        assert_eq!(trained(2000, 1).chunk(4, 256, target), 256);
+        // Too slow for any row: prompts go on at the least pace.
+        assert_eq!(trained(30_000, 100).chunk(4, 256, target), LEAST);
+    }
+
+    #[test]
+    fn nothing_known_means_the_most() {
+        let target = Duration::from_millis(1);
+        assert_eq!(StepTimeModel::default().chunk(4, 256, target), 256);
+    }
+}

@@ -1,0 +1,274 @@
+//! One step of the engine: plan, compute, draw, publish.
+
+use std::time::Instant;
+
+use shoal_core::{Class, TokenId};
+
+use crate::backend::{Backend, BackendError};
+use crate::config::Limits;
+use crate::metrics::{EngineMetrics, LoadMeter, StepStats};
+use crate::request::{Finish, Load, Logprob, SequenceKey, SequenceOutput};
+use crate::sampler::{Draw, SampleError, Sampler};
+use crate::scheduler::{BatchBuffer, Scheduler, Slot};
+use crate::sequence::Sequence;
+
+/// Where the time comes from; tests bring their own.
+pub(crate) type Clock = Box<dyn Fn() -> Instant + Send>;
+
+/// Runs steps, one after the other.
+pub(crate) struct Stepper {
+    backend: Box<dyn Backend>,
+    scheduler: Scheduler,
+    sampler: Sampler,
+    batch: BatchBuffer,
+    logits: Vec<f32>,
+    vocab: usize,
+    clock: Clock,
+    meter: LoadMeter,
+    metrics: EngineMetrics,
+    output: Output,
+}
+
+/// What has been made since the last publication.
+#[derive(Debug, Default)]
+pub(crate) struct Output {
+    /// For the sink.
+    pub(crate) sequences: Vec<SequenceOutput>,
+    /// Sequences that ended.
+    pub(crate) ended: Vec<SequenceKey>,
+}
+
+impl Output {
+    fn farewell(&mut self, sequence: &Sequence, finish: Finish) {
+        self.sequences.push(sequence.farewell(finish));
+        self.ended.push(sequence.key);
+    }
+}
+
+impl Stepper {
+    pub(crate) fn new(
+        backend: Box<dyn Backend>,
+        limits: Limits,
+        metrics: EngineMetrics,
+        clock: Clock,
+    ) -> Self {
+        Self {
+            scheduler: Scheduler::new(limits, backend.pages(), metrics.clone()),
+            sampler: Sampler::default(),
+            batch: BatchBuffer::default(),
+            logits: Vec::new(),
+            vocab: backend.spec().vocab,
+            backend,
+            clock,
+            meter: LoadMeter::new(),
+            metrics,
+            output: Output::default(),
+        }
+    }
+
+    /// Whether no sequence is here.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.scheduler.is_empty()
+    }
+
+    /// Sequences that hold pages.
+    pub(crate) fn running(&self) -> usize {
+        self.scheduler.running()
+    }
+
+    /// The time now.
+    pub(crate) fn now(&self) -> Instant {
+        (self.clock)()
+    }
+
+    /// Takes a sequence. One that is complete already ends at once.
+    pub(crate) fn submit(&mut self, sequence: Box<Sequence>) {
+        match sequence.finish() {
+            Some(finish) => self.output.farewell(&sequence, finish),
+            None => self.scheduler.enqueue(sequence),
+        }
+    }
+
+    /// Ends every sequence that `is_out` says.
+    pub(crate) fn end(&mut self, finish: Finish, is_out: impl FnMut(&Sequence) -> bool) {
+        let output = &mut self.output;
+        self.scheduler
+            .retire(is_out, |sequence| output.farewell(sequence, finish));
+    }
+
+    /// What there is to publish, and the load to publish with it.
+    pub(crate) fn output(&mut self) -> (&mut Output, Load) {
+        let mut load = self.scheduler.load();
+        self.meter.report(&mut load);
+        self.metrics.set_load(&load);
+        (&mut self.output, load)
+    }
+
+    /// Runs one step. An error means that the backend can run no other; what failed for the
+    /// moment only ends the sequences of the step.
+    pub(crate) fn step(&mut self) -> Result<(), BackendError> {
+        let start = self.now();
+        let output = &mut self.output;
+        self.scheduler
+            .expire(start, |s| output.farewell(s, Finish::Deadline));
+        self.scheduler.plan(start);
+        let (running, _) = self.scheduler.parts();
+        self.batch.fill(running);
+        if self.batch.slots().is_empty() {
+            return Ok(());
+        }
+        let logits = self.batch.logits() * self.vocab;
+        if self.logits.len() < logits {
+            self.logits.resize(logits, 0.0);
+        }
+        let result = self
+            .backend
+            .step(&self.batch.batch(), &mut self.logits[..logits]);
+        if let Err(error) = result {
+            self.metrics.failed_steps.inc();
+            if error.class() == Class::Fatal {
+                return Err(error);
+            }
+            tracing::error!(%error, sequences = self.batch.slots().len(), "a step failed");
+            self.end(Finish::Preempted, |sequence| sequence.planned > 0);
+            return Ok(());
+        }
+        let made = self.commit();
+        self.scheduler.sweep();
+        self.count(StepStats {
+            time: self.now().saturating_duration_since(start),
+            prefill_rows: self.batch.prefill_rows(),
+            decode_rows: self.batch.decode_rows(),
+            output_tokens: made,
+        });
+        Ok(())
+    }
+
+    /// Takes over what the backend computed; gives the number of output tokens made.
+    fn commit(&mut self) -> usize {
+        let now = self.now();
+        let (running, kv) = self.scheduler.parts();
+        let mut made = 0;
+        for slot in self.batch.slots() {
+            let sequence = &mut *running[slot.index];
+            let mut rows = Rows {
+                sampler: &mut self.sampler,
+                logits: &mut self.logits,
+                vocab: self.vocab,
+            };
+            let offset = sequence.output_len();
+            let mut logprobs = Vec::new();
+            let tokens = self.batch.tokens_of(slot);
+            let drawn = rows
+                .score(sequence, slot)
+                .and_then(|()| rows.draw(sequence, slot, tokens, &mut logprobs, now));
+            let failed = drawn.err();
+            if let Some(error) = failed {
+                let class = error.class();
+                tracing::error!(%error, ?class, key = ?sequence.key, "a sequence failed");
+            }
+            // The last token has no row yet; rows of tokens that were not drawn do not count.
+            let with_rows = sequence.computed + slot.rows.len();
+            sequence.computed = with_rows.min(sequence.tokens().len() - slot.drawing.len().min(1));
+            sequence.cache_pages(kv);
+            let output = SequenceOutput {
+                key: sequence.key,
+                offset: offset as u32,
+                tokens: sequence.output_from(offset).to_vec(),
+                logprobs,
+                prompt_logprobs: sequence.take_scores(),
+                finish: match failed {
+                    Some(_) => Some(Finish::Preempted),
+                    None => sequence.finish(),
+                }
+                .map(|finish| (finish, sequence.usage())),
+            };
+            made += output.tokens.len();
+            if output.finish.is_some() {
+                sequence.ended = true;
+                self.output.ended.push(sequence.key);
+            }
+            let news = !output.tokens.is_empty() || !output.prompt_logprobs.is_empty();
+            if news || output.finish.is_some() {
+                self.output.sequences.push(output);
+            }
+        }
+        made
+    }
+
+    fn count(&mut self, stats: StepStats) {
+        self.scheduler.observe(&stats);
+        self.meter.add(&stats);
+        let m = &self.metrics;
+        m.step_time.observe(stats.time.as_secs_f64());
+        let rows = stats.prefill_rows + stats.decode_rows;
+        m.step_rows.observe(rows as f64);
+        m.prefill_tokens.inc_by(stats.prefill_rows as u64);
+        m.decode_tokens.inc_by(stats.output_tokens as u64);
+    }
+}
+
+/// The logit rows of a step.
+struct Rows<'a> {
+    sampler: &'a mut Sampler,
+    logits: &'a mut [f32],
+    vocab: usize,
+}
+
+impl Rows<'_> {
+    fn logprob(&mut self, row: usize, token: TokenId, top: u32) -> Result<Logprob, SampleError> {
+        let logits = &self.logits[row * self.vocab..][..self.vocab];
+        self.sampler.logprob(logits, token, top)
+    }
+
+    /// Scores the prompt tokens that follow the slot's scoring rows.
+    fn score(&mut self, sequence: &mut Sequence, slot: &Slot) -> Result<(), SampleError> {
+        let top = sequence.scoring.prompt_top.unwrap_or(0);
+        for row in slot.scoring.clone() {
+            let token = sequence.tokens()[sequence.next_scored()];
+            let score = self.logprob(row, token, top)?;
+            sequence.push_score(score);
+        }
+        Ok(())
+    }
+
+    /// Draws a token from each of the slot's drawing rows, as long as what was drawn is what
+    /// the next row took for granted. `tokens` are those of all the slot's rows.
+    fn draw(
+        &mut self,
+        sequence: &mut Sequence,
+        slot: &Slot,
+        tokens: &[TokenId],
+        logprobs: &mut Vec<Logprob>,
+        now: Instant,
+    ) -> Result<(), SampleError> {
+        let assumed = &tokens[tokens.len() + 1 - slot.drawing.len().max(1)..];
+        for (i, row) in slot.drawing.clone().enumerate() {
+            let draw = Draw {
+                sampling: &sequence.sampling,
+                counts: &sequence.counts,
+                masked: sequence.masked(),
+                position: sequence.output_len() as u32,
+            };
+            let logits = &mut self.logits[row * self.vocab..][..self.vocab];
+            let token = self.sampler.draw(logits, draw)?;
+            if let Some(top) = sequence.scoring.output_top {
+                logprobs.push(self.logprob(row, token, top)?);
+            }
+            sequence.push(token, now);
+            if sequence.finish().is_some() || assumed.get(i) != Some(&token) {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+impl Stepper {
+    /// Checks the books of the page pool against what the sequences hold.
+    pub(crate) fn check(&self) {
+        let held = self.scheduler.sequences().map(|s| s.pages.as_slice());
+        self.scheduler.kv().check(held);
+    }
+}

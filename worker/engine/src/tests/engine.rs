@@ -1,0 +1,183 @@
+//! The handle and the thread.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use super::fake::{FakeBackend, Fault, Probe, spec};
+use super::rig::{alone, key, request};
+use crate::config::{ConfigError, EngineConfig};
+use crate::engine::{Engine, EngineError, EngineHandle};
+use crate::request::{Finish, Load, SequenceOutput, StepSink, SubmitError};
+
+struct Channel(Sender<SequenceOutput>);
+
+impl StepSink for Channel {
+    fn publish(&mut self, _step: u64, outputs: &mut Vec<SequenceOutput>, _load: &Load) {
+        for output in outputs.drain(..) {
+            // A test that has seen enough hangs up.
+            let _ = self.0.send(output);
+        }
+    }
+}
+
+fn start(config: EngineConfig) -> (EngineHandle, Receiver<SequenceOutput>, Probe) {
+    let backend = FakeBackend::new(64, spec(50, 1024));
+    let probe = backend.probe();
+    let (send, receive) = channel();
+    let handle = Engine::start(Box::new(backend), config, Box::new(Channel(send))).unwrap();
+    (handle, receive, probe)
+}
+
+fn until_end(outputs: &Receiver<SequenceOutput>, id: u64) -> (Vec<u32>, Finish) {
+    let mut tokens = Vec::new();
+    loop {
+        let output = outputs.recv_timeout(Duration::from_secs(30)).unwrap();
+        if output.key == key(id) {
+            tokens.extend(output.tokens);
+            if let Some((finish, _)) = output.finish {
+                return (tokens, finish);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sequence_runs_to_its_length() {
+    let (handle, outputs, _) = start(EngineConfig::default());
+    handle.submit(request(1, vec![1, 2, 3], 20)).unwrap();
+    let (tokens, finish) = until_end(&outputs, 1);
+    assert_eq!(finish, Finish::Length);
+    assert_eq!(
+        tokens,
+        alone(request(1, vec![1, 2, 3], 20), 50, 1024).tokens
+    );
+    handle.stop();
+    assert!(handle.is_idle());
+    assert!(handle.steps() >= 20);
+    assert_eq!(handle.metrics().decode_tokens.get(), 20);
+}
+
+#[test]
+fn bad_requests_are_refused() {
+    let (handle, _outputs, _) = start(EngineConfig::default());
+    let refused = |request| handle.submit(request).unwrap_err();
+    assert_eq!(refused(request(1, vec![], 1)), SubmitError::EmptyPrompt);
+    assert_eq!(
+        refused(request(1, vec![50], 1)),
+        SubmitError::UnknownToken {
+            token: 50,
+            vocab: 50
+        }
+    );
+    assert_eq!(
+        refused(request(1, vec![1; 1025], 1)),
+        SubmitError::PromptTooLong {
+            tokens: 1025,
+            limit: 1024
+        }
+    );
+    let mut bad = request(1, vec![1], 1);
+    bad.sampling.temperature = f32::NAN;
+    assert!(matches!(refused(bad), SubmitError::Param(_)));
+    assert!(handle.is_idle());
+}
+
+#[test]
+fn settings_of_zero_are_refused() {
+    let config = EngineConfig {
+        step_rows: 0,
+        ..EngineConfig::default()
+    };
+    let (send, _receive) = channel();
+    let backend = Box::new(FakeBackend::new(1, spec(50, 64)));
+    let error = Engine::start(backend, config, Box::new(Channel(send))).unwrap_err();
+    let EngineError::Config(error) = error else {
+        panic!("{error}");
+    };
+    assert_eq!(error, ConfigError::Zero("step_rows"));
+}
+
+#[test]
+fn cancelled_sequences_end() {
+    let (handle, outputs, _) = start(EngineConfig::default());
+    handle.submit(request(1, vec![1], 1000)).unwrap();
+    handle.submit(request(2, vec![2], 1000)).unwrap();
+    handle.cancel(key(1));
+    assert_eq!(until_end(&outputs, 1).1, Finish::Cancelled);
+    handle.cancel_session(1);
+    assert_eq!(until_end(&outputs, 2).1, Finish::Cancelled);
+    handle.cancel(key(2));
+    handle.submit(request(3, vec![3], 2)).unwrap();
+    assert_eq!(until_end(&outputs, 3).1, Finish::Length);
+}
+
+#[test]
+fn drained_engines_refuse_and_give_up_at_the_deadline() {
+    let (handle, outputs, _) = start(EngineConfig::default());
+    handle.submit(request(1, vec![1], 1000)).unwrap();
+    handle.drain(None);
+    assert!(handle.is_draining());
+    let refused = handle.submit(request(2, vec![1], 1));
+    assert_eq!(refused, Err(SubmitError::Draining));
+    handle.drain(Some(Instant::now()));
+    assert_eq!(until_end(&outputs, 1).1, Finish::Preempted);
+    handle.undrain();
+    handle.submit(request(2, vec![1], 1)).unwrap();
+    assert_eq!(until_end(&outputs, 2).1, Finish::Length);
+}
+
+#[test]
+fn a_full_queue_refuses() {
+    let (handle, outputs, probe) = start(EngineConfig {
+        max_waiting: 2,
+        max_running: 1,
+        ..EngineConfig::default()
+    });
+    // The engine's thread is held in a publication, so the queue stands still: its backend
+    // takes the lock of the faults.
+    let faults = probe.faults.lock().unwrap();
+    handle.submit(request(1, vec![1], 2)).unwrap();
+    handle.submit(request(2, vec![1], 2)).unwrap();
+    let duplicate = handle.submit(request(2, vec![1], 2));
+    let third = handle.submit(request(3, vec![1], 2));
+    drop(faults);
+    assert_eq!(third, Err(SubmitError::Overloaded { limit: 2 }));
+    assert_eq!(duplicate, Err(SubmitError::Overloaded { limit: 2 }));
+    assert_eq!(until_end(&outputs, 2).1, Finish::Length);
+}
+
+#[test]
+fn names_are_taken_once() {
+    let (handle, outputs, probe) = start(EngineConfig::default());
+    let faults = probe.faults.lock().unwrap();
+    handle.submit(request(1, vec![1], 2)).unwrap();
+    let again = handle.submit(request(1, vec![1], 2));
+    drop(faults);
+    assert_eq!(again, Err(SubmitError::Duplicate(key(1))));
+    until_end(&outputs, 1);
+}
+
+#[test]
+fn broken_backends_stop_the_engine() {
+    for fault in [Fault::Fatal, Fault::Panic] {
+        let (handle, outputs, probe) = start(EngineConfig::default());
+        probe.faults.lock().unwrap().push_back(fault);
+        handle.submit(request(1, vec![1], 5)).unwrap();
+        assert_eq!(until_end(&outputs, 1).1, Finish::Preempted);
+        handle.stop();
+        assert!(handle.stopped().is_some());
+        assert!(handle.is_idle());
+        let refused = handle.submit(request(2, vec![1], 5));
+        assert!(matches!(refused, Err(SubmitError::Stopped(_))));
+    }
+}
+
+#[test]
+fn stopping_ends_what_is_left_and_dropping_stops() {
+    let (handle, outputs, _) = start(EngineConfig::default());
+    handle.submit(request(1, vec![1], 1000)).unwrap();
+    drop(handle);
+    assert_eq!(until_end(&outputs, 1).1, Finish::Preempted);
+    // The sink is gone with the thread.
+    assert!(outputs.recv().is_err());
+}

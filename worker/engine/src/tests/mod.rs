@@ -1,0 +1,5 @@
+//! Tests of the whole engine, on a backend whose logits show every mistake in a page table.
+
+mod engine;
+mod fake;
+mod rig;
