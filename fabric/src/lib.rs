@@ -1,1 +1,12 @@
-//! (skeleton)
+//! What every Shoal process needs around its own work: an orderly end, a listener that
+//! serves HTTP and gRPC on one port, channels to its peers, TLS, logs and traces, metrics,
+//! and the membership of the cluster.
+
+#![forbid(unsafe_code)]
+
+pub mod membership;
+pub mod metrics;
+pub mod net;
+pub mod shutdown;
+pub mod telemetry;
+pub mod tls;
