@@ -1,1 +1,3 @@
+//! The `shoal` binary.
+
 fn main() {}
