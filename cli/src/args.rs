@@ -1,0 +1,112 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::bench;
+use crate::chat::ChatArgs;
+use crate::config::{LogSettings, StoreSettings};
+use crate::store::ModelSource;
+
+const ABOUT: &str = "Serves quantized language models from a cluster, on one machine or many";
+
+const EXAMPLES: &str = "\
+Examples:
+  shoal up                                    the demo model, a router and a worker, on this machine
+  shoal chat                                  talk to it
+  shoal up --model model.gguf --replicas 2    a model of your own, two workers
+  shoal worker --model hf://org/repo/model.gguf --listen 0.0.0.0:9090
+  shoal router --workers gpu-0:9090,gpu-1:9090 --listen 0.0.0.0:8080
+
+Every setting is taken from its flag, else its environment variable, else the configuration
+file, else its default. The exit status is 0 on success, 1 on an error, 2 on wrong usage.";
+
+/// `shoal`.
+#[derive(Parser, Debug)]
+#[command(name = "shoal", version, about = ABOUT, after_help = EXAMPLES, propagate_version = true)]
+pub(crate) struct Cli {
+    /// Configuration file (TOML)
+    #[arg(long, global = true, env = "SHOAL_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) log: LogSettings,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Chat with a served model in the terminal
+    #[command(after_help = "\
+Examples:
+  shoal chat
+  shoal chat --system 'You answer in one sentence.' --temperature 0.2
+  echo 'What is a shoal?' | shoal chat --max-tokens 60
+
+Where standard input is not a terminal, each of its lines is one prompt.")]
+    Chat(ChatArgs),
+
+    /// Inspect, fetch and list model files
+    #[command(subcommand)]
+    Model(ModelCommand),
+
+    /// Measure a served model
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+/// What to do with model files.
+#[derive(Subcommand, Debug)]
+pub(crate) enum ModelCommand {
+    /// Fetch a model into the cache and print its path
+    #[command(after_help = "\
+Examples:
+  shoal model fetch
+  shoal model fetch hf://Qwen/Qwen2.5-0.5B-Instruct-GGUF/qwen2.5-0.5b-instruct-q8_0.gguf")]
+    Fetch(FetchArgs),
+
+    /// List the cached models
+    List(ListArgs),
+}
+
+/// Options of `shoal model fetch`.
+#[derive(Args, Debug)]
+pub(crate) struct FetchArgs {
+    /// hf://ORG/REPO/FILE[@REVISION], or demo
+    #[arg(default_value_t)]
+    pub(crate) model: ModelSource,
+
+    #[command(flatten)]
+    pub(crate) store: StoreSettings,
+}
+
+/// Options of `shoal model list`.
+#[derive(Args, Debug)]
+pub(crate) struct ListArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) store: StoreSettings,
+}
+
+/// What to measure.
+#[derive(Subcommand, Debug)]
+pub(crate) enum BenchCommand {
+    /// Load a server and report throughput and latencies
+    #[command(after_help = "\
+Examples:
+  shoal bench serve --concurrency 32 --requests 256 --ignore-eos
+  shoal bench serve --rate 5 --requests 300 --prompts prompts.jsonl
+  shoal bench serve --api http --url http://127.0.0.1:8000 --model llama --json
+
+Time to first token: from sending a request to the first text. Time per output token: from the
+first text to the last, by the tokens after the first. Tokens are those that the server counts;
+tokens/s are those of all answered requests by the time of the whole run.")]
+    Serve(bench::ServeArgs),
+}

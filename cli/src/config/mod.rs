@@ -1,0 +1,56 @@
+//! Settings: flag, else environment variable, else configuration file, else default.
+//!
+//! Each subsystem has one raw struct of optional fields ([`Section`]). Clap fills it from flags
+//! and environment, the file fills the gaps, and one `TryFrom` turns the result into the
+//! subsystem's validated configuration.
+
+mod file;
+mod log;
+mod store;
+
+use std::io;
+use std::path::PathBuf;
+
+use shoal_core::Class;
+
+pub(crate) use file::{ConfigFile, Section};
+pub(crate) use log::LogSettings;
+pub(crate) use store::StoreSettings;
+
+/// Why the settings do not hold.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    #[error("cannot read the configuration file {path}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{path}, line {line}: {message}")]
+    Syntax {
+        path: PathBuf,
+        line: usize,
+        message: String,
+    },
+    #[error("{path}: unknown key {key:?}; the nearest known one is {nearest:?}")]
+    UnknownKey {
+        path: PathBuf,
+        key: String,
+        nearest: String,
+    },
+    #[error("{path}: {key:?} is a section: write [{key}]")]
+    NotASection { path: PathBuf, key: String },
+    #[error("{path}: {key}: {message}")]
+    Value {
+        path: PathBuf,
+        key: String,
+        message: String,
+    },
+    #[error("the settings cannot be merged")]
+    Merge(#[source] toml::ser::Error),
+    #[error("the settings cannot be merged")]
+    Unmerge(#[source] toml::de::Error),
+}
+
+impl ConfigError {
+    /// What the user should do about it.
+    pub(crate) fn class(&self) -> Class {
+        Class::Client
+    }
+}

@@ -1,0 +1,61 @@
+//! What a command ends with, and how it is told.
+
+use std::error::Error;
+use std::io;
+
+use shoal_core::Class;
+use shoal_fabric::telemetry::TelemetryError;
+
+use crate::bench::BenchError;
+use crate::chat::ChatError;
+use crate::config::ConfigError;
+use crate::store::StoreError;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CliError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("logs cannot be set up")]
+    Log(#[from] TelemetryError),
+    #[error("the runtime cannot be started")]
+    Runtime(#[source] io::Error),
+    #[error("cannot write to standard output")]
+    Output(#[source] io::Error),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    #[error(transparent)]
+    Bench(#[from] BenchError),
+}
+
+impl CliError {
+    /// What the user should do about it.
+    pub(crate) fn class(&self) -> Class {
+        match self {
+            Self::Config(error) => error.class(),
+            Self::Log(error) => error.class(),
+            Self::Runtime(_) | Self::Output(_) => Class::Fatal,
+            Self::Store(error) => error.class(),
+            Self::Chat(error) => error.class(),
+            Self::Bench(error) => error.class(),
+        }
+    }
+}
+
+/// The error and its causes in one line. A cause whose text the line holds already is left out:
+/// some libraries repeat their source in their own message.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !line.contains(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        cause = error.source();
+    }
+    line.replace('\n', " ")
+}

@@ -1,0 +1,53 @@
+//! `shoal model`: the model files of this machine.
+
+use std::io::{self, Write};
+
+use indicatif::HumanBytes;
+
+use crate::args::{FetchArgs, ListArgs};
+use crate::config::{ConfigFile, StoreSettings};
+use crate::error::CliError;
+use crate::store::Store;
+
+/// The store that flags, environment and file describe.
+pub(crate) fn store(settings: &StoreSettings, file: &ConfigFile) -> Result<Store, CliError> {
+    let settings = file.merge(settings)?;
+    Ok(Store::new(settings.try_into()?))
+}
+
+/// Fetches a model where it is not cached yet, and prints its path.
+pub(crate) fn fetch(args: &FetchArgs, file: &ConfigFile) -> Result<(), CliError> {
+    let path = store(&args.store, file)?.resolve(&args.model)?;
+    print(|out| writeln!(out, "{}", path.display()))
+}
+
+/// Lists the cached models.
+pub(crate) fn list(args: &ListArgs, file: &ConfigFile) -> Result<(), CliError> {
+    let models = store(&args.store, file)?.list()?;
+    print(|out| {
+        if args.json {
+            serde_json::to_writer_pretty(&mut *out, &models)?;
+            return writeln!(out);
+        }
+        let width = models.iter().map(|m| m.name.len()).max().unwrap_or(0);
+        for model in &models {
+            let size = HumanBytes(model.bytes).to_string();
+            writeln!(
+                out,
+                "{:width$}  {size:>10}  {}",
+                model.name,
+                model.path.display()
+            )?;
+        }
+        Ok(())
+    })
+}
+
+/// Writes to standard output; a reader that has gone away is no error.
+pub(crate) fn print(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), CliError> {
+    let mut out = io::stdout().lock();
+    match write(&mut out).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(CliError::Output(e)),
+        _ => Ok(()),
+    }
+}
