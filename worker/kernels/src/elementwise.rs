@@ -4,7 +4,7 @@ use crate::Isa;
 use crate::math::silu;
 use crate::norm::rms_norm;
 use crate::pool::Pool;
-use crate::quant::QuantRows;
+use crate::quant::Activations;
 use crate::simd::{LANES, Lanes, dispatch};
 
 /// Rows that one thread does at once; fewer are not worth waking another.
@@ -28,7 +28,7 @@ pub fn norm_quantize(
     pick: Option<&[u32]>,
     weight: &[f32],
     eps: f32,
-    out: &mut QuantRows,
+    out: &mut Activations,
 ) {
     let width = weight.len();
     let rows = pick.map_or(x.len() / width, <[u32]>::len);
@@ -39,7 +39,7 @@ pub fn norm_quantize(
         let mut normal = vec![0.0; width];
         rms_norm(isa, &x[from * width..][..width], weight, eps, &mut normal);
         // SAFETY: every row is one item's own.
-        unsafe { out.quantize_shared(isa, row, 0, &normal) };
+        unsafe { out.write_shared(isa, row, 0, &normal) };
     });
 }
 
@@ -47,13 +47,13 @@ pub fn norm_quantize(
 ///
 /// # Panics
 /// When the shapes do not fit.
-pub fn quantize(pool: &mut Pool, isa: Isa, x: &[f32], out: &mut QuantRows) {
+pub fn quantize(pool: &mut Pool, isa: Isa, x: &[f32], out: &mut Activations) {
     let width = out.k();
     assert!(x.len().is_multiple_of(width) && x.len() / width <= out.rows());
     let out = &*out;
     by_rows(pool, x.len() / width, |row| {
         // SAFETY: every row is one item's own.
-        unsafe { out.quantize_shared(isa, row, 0, &x[row * width..][..width]) };
+        unsafe { out.write_shared(isa, row, 0, &x[row * width..][..width]) };
     });
 }
 
@@ -61,8 +61,9 @@ pub fn quantize(pool: &mut Pool, isa: Isa, x: &[f32], out: &mut QuantRows) {
 ///
 /// # Panics
 /// When the shapes do not fit.
-pub fn silu_quantize(pool: &mut Pool, isa: Isa, gate_up: &[f32], out: &mut QuantRows) {
+pub fn silu_quantize(pool: &mut Pool, isa: Isa, gate_up: &[f32], out: &mut Activations) {
     let width = out.k();
+    assert!(width.is_multiple_of(LANES));
     assert!(gate_up.len().is_multiple_of(2 * width) && gate_up.len() / (2 * width) <= out.rows());
     let out = &*out;
     by_rows(pool, gate_up.len() / (2 * width), |row| {
@@ -70,10 +71,10 @@ pub fn silu_quantize(pool: &mut Pool, isa: Isa, gate_up: &[f32], out: &mut Quant
         let mut hidden = vec![0.0; width];
         let to = hidden.as_mut_ptr();
         let (gate, up) = (gate.as_ptr(), up.as_ptr());
-        // SAFETY: all three have `width` elements, a multiple of 32.
+        // SAFETY: all three have `width` elements, a multiple of 16.
         dispatch!(isa, gated::<_>(gate: *const f32, up: *const f32, to: *mut f32, width: usize));
         // SAFETY: every row is one item's own.
-        unsafe { out.quantize_shared(isa, row, 0, &hidden) };
+        unsafe { out.write_shared(isa, row, 0, &hidden) };
     });
 }
 

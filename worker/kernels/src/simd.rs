@@ -49,7 +49,7 @@ pub(crate) trait Lanes: Copy {
 
 /// The reference: an array.
 #[derive(Clone, Copy)]
-pub(crate) struct Scalar([f32; LANES]);
+pub(crate) struct Scalar(pub(crate) [f32; LANES]);
 
 impl Scalar {
     #[inline(always)]
@@ -165,11 +165,11 @@ mod x86 {
 
     /// One 512-bit register.
     #[derive(Clone, Copy)]
-    pub(crate) struct Avx512(__m512);
+    pub(crate) struct Avx512(pub(crate) __m512);
 
     /// Two 256-bit registers.
     #[derive(Clone, Copy)]
-    pub(crate) struct Avx2(__m256, __m256);
+    pub(crate) struct Avx2(pub(crate) __m256, pub(crate) __m256);
 
     const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
@@ -425,7 +425,7 @@ macro_rules! dispatch {
     ($isa:expr, $kernel:ident::<_ $(, $c:tt)*>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?) => {{
         #[cfg(target_arch = "x86_64")]
         {
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,avx2,f16c")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,f16c")]
             unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: the features are enabled here; the rest is the caller's contract.
                 unsafe { $kernel::<$crate::simd::Avx512 $(, $c)*>($($arg),*) }
@@ -435,8 +435,8 @@ macro_rules! dispatch {
                 // SAFETY: the features are enabled here; the rest is the caller's contract.
                 unsafe { $kernel::<$crate::simd::Avx2 $(, $c)*>($($arg),*) }
             }
-            match $isa {
-                // SAFETY: an `Isa` value exists only where its features do.
+            match $isa.checked() {
+                // SAFETY: `checked` found the features.
                 $crate::Isa::Avx512 => unsafe { avx512($($arg),*) },
                 $crate::Isa::Avx2 => unsafe { avx2($($arg),*) },
                 $crate::Isa::Scalar => unsafe { $kernel::<$crate::simd::Scalar $(, $c)*>($($arg),*) },

@@ -1,4 +1,4 @@
-//! Activations quantised to int8 in blocks of 32.
+//! Activations: quantised to int8 in blocks of 32 for quantised weights, or f32.
 //!
 //! A block with the greatest magnitude `m` has the scale `m / 127` and the values
 //! `round(x * (127 / m))`, ties to even, in [-127, 127]. A block below [`TINY`] is zero; a
@@ -55,35 +55,54 @@ impl QuantBlock {
     }
 }
 
-/// Rows of `k` quantised activations, allocated once and written again in every step.
-///
-/// Threads may share it: each writes its own rows or blocks through
-/// [`quantize_shared`](Self::quantize_shared).
-#[derive(Debug)]
-pub struct QuantRows {
-    blocks: Box<[UnsafeCell<QuantBlock>]>,
-    rows: usize,
-    row_blocks: usize,
+/// How activations are kept for a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Quantised to int8 blocks: for quantised weights.
+    Int8,
+    /// As they are: for weights of floats.
+    F32,
 }
 
-// SAFETY: shared writes go through `quantize_shared` alone, whose contract excludes races.
-unsafe impl Sync for QuantRows {}
+#[derive(Debug)]
+enum Store {
+    Int8(Box<[UnsafeCell<QuantBlock>]>),
+    F32(Box<[UnsafeCell<f32>]>),
+}
 
-impl QuantRows {
+/// Rows of `k` activations in the form in which a product reads them, allocated once and
+/// written again in every step.
+///
+/// Threads may share it: each writes its own rows or columns through
+/// [`write_shared`](Self::write_shared).
+#[derive(Debug)]
+pub struct Activations {
+    store: Store,
+    rows: usize,
+    k: usize,
+}
+
+// SAFETY: shared writes go through `write_shared` alone, whose contract excludes races.
+unsafe impl Sync for Activations {}
+
+impl Activations {
     /// Room for `rows` rows of `k` values.
     ///
     /// # Panics
-    /// If `k` is no multiple of [`BLOCK`].
-    pub fn new(rows: usize, k: usize) -> Self {
-        assert!(k.is_multiple_of(BLOCK), "{k} is no multiple of {BLOCK}");
-        let row_blocks = k / BLOCK;
-        let len = rows.next_multiple_of(GROUP) * row_blocks;
-        let blocks = (0..len).map(|_| UnsafeCell::default()).collect();
-        Self {
-            blocks,
-            rows,
-            row_blocks,
+    /// If the precision is int8 and `k` no multiple of [`BLOCK`].
+    pub fn new(rows: usize, k: usize, precision: Precision) -> Self {
+        fn zeros<T: Default>(len: usize) -> Box<[UnsafeCell<T>]> {
+            (0..len).map(|_| UnsafeCell::default()).collect()
         }
+        let padded = rows.next_multiple_of(GROUP);
+        let store = match precision {
+            Precision::Int8 => {
+                assert!(k.is_multiple_of(BLOCK), "{k} is no multiple of {BLOCK}");
+                Store::Int8(zeros(padded * (k / BLOCK)))
+            }
+            Precision::F32 => Store::F32(zeros(padded * k)),
+        };
+        Self { store, rows, k }
     }
 
     /// The most rows it holds.
@@ -93,32 +112,50 @@ impl QuantRows {
 
     /// Values in a row.
     pub fn k(&self) -> usize {
-        self.row_blocks * BLOCK
+        self.k
     }
 
-    /// Quantises `x` into the blocks of `row` from `first` on.
+    /// How they are kept.
+    pub fn precision(&self) -> Precision {
+        match self.store {
+            Store::Int8(_) => Precision::Int8,
+            Store::F32(_) => Precision::F32,
+        }
+    }
+
+    /// Writes `x` into the columns of `row` from `first` on.
     ///
     /// # Panics
-    /// If `x` is no multiple of [`BLOCK`] or does not fit, or if the machine lacks `isa`.
-    pub fn quantize(&mut self, isa: Isa, row: usize, first: usize, x: &[f32]) {
+    /// If `x` does not fit, if the machine lacks `isa`, or if the precision is int8 and `first`
+    /// or the length of `x` is no multiple of [`BLOCK`].
+    pub fn write(&mut self, isa: Isa, row: usize, first: usize, x: &[f32]) {
         // SAFETY: `&mut self` excludes every other thread.
-        unsafe { self.quantize_shared(isa, row, first, x) }
+        unsafe { self.write_shared(isa, row, first, x) }
     }
 
-    /// [`quantize`](Self::quantize) for threads that share the rows.
+    /// [`write`](Self::write) for threads that share the rows.
     ///
     /// # Safety
-    /// No other thread reads or writes the same blocks of the same row at the same time.
+    /// No other thread reads or writes the same columns of the same row at the same time.
     ///
     /// # Panics
-    /// As `quantize`.
-    pub unsafe fn quantize_shared(&self, isa: Isa, row: usize, first: usize, x: &[f32]) {
+    /// As `write`.
+    pub unsafe fn write_shared(&self, isa: Isa, row: usize, first: usize, x: &[f32]) {
+        assert!(row < self.rows && first <= self.k && x.len() <= self.k - first);
+        if self.precision() == Precision::F32 {
+            for (i, &x) in x.iter().enumerate() {
+                // SAFETY: the asserted bounds keep it inside; the caller excludes races.
+                unsafe { self.float(row, first + i).write(x) };
+            }
+            return;
+        }
         let (x, rest) = x.as_chunks::<BLOCK>();
-        assert!(rest.is_empty(), "no whole number of blocks");
-        assert!(row < self.rows && first + x.len() <= self.row_blocks);
-        let mut out = self.at(row, first);
+        assert!(
+            rest.is_empty() && first.is_multiple_of(BLOCK),
+            "no whole blocks"
+        );
         let isa = isa.checked();
-        for x in x {
+        for (i, x) in x.iter().enumerate() {
             let block = match isa {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: `checked` found the features.
@@ -128,19 +165,39 @@ impl QuantRows {
                 Isa::Avx2 => unsafe { x86::block_avx2(x) },
                 _ => scalar::block(x),
             };
-            // SAFETY: the asserted bounds keep `out` inside; the caller excludes races.
-            unsafe { out.write(block) };
-            out = out.wrapping_add(GROUP);
+            // SAFETY: as above.
+            unsafe { self.block(row, first / BLOCK + i).write(block) };
         }
     }
 
     /// The place of a block. The next block of the row is [`GROUP`] further, the same block
     /// of the next row of the group 1 further.
+    ///
+    /// # Panics
+    /// If it is outside, or the precision another.
     #[inline]
-    pub(crate) fn at(&self, row: usize, block: usize) -> *mut QuantBlock {
-        let index = (row / GROUP * self.row_blocks + block) * GROUP + row % GROUP;
-        debug_assert!(index < self.blocks.len() || block == self.row_blocks);
-        UnsafeCell::raw_get(self.blocks.as_ptr().wrapping_add(index))
+    pub(crate) fn block(&self, row: usize, block: usize) -> *mut QuantBlock {
+        match &self.store {
+            Store::Int8(blocks) => blocks[self.index(row, block, self.k / BLOCK)].get(),
+            Store::F32(_) => panic!("activations of f32, not int8"),
+        }
+    }
+
+    /// The place of a float, ordered as blocks are.
+    ///
+    /// # Panics
+    /// If it is outside, or the precision another.
+    #[inline]
+    pub(crate) fn float(&self, row: usize, column: usize) -> *mut f32 {
+        match &self.store {
+            Store::F32(floats) => floats[self.index(row, column, self.k)].get(),
+            Store::Int8(_) => panic!("activations of int8, not f32"),
+        }
+    }
+
+    #[inline]
+    fn index(&self, row: usize, column: usize, columns: usize) -> usize {
+        (row / GROUP * columns + column) * GROUP + row % GROUP
     }
 }
 
@@ -152,10 +209,10 @@ mod tests {
     fn all(x: &[f32; BLOCK]) -> QuantBlock {
         let blocks: Vec<QuantBlock> = Isa::available()
             .map(|isa| {
-                let mut rows = QuantRows::new(1, BLOCK);
-                rows.quantize(isa, 0, 0, x);
+                let mut rows = Activations::new(1, BLOCK, Precision::Int8);
+                rows.write(isa, 0, 0, x);
                 // SAFETY: in bounds, and nothing writes.
-                unsafe { *rows.at(0, 0) }
+                unsafe { *rows.block(0, 0) }
             })
             .collect();
         for b in &blocks {
@@ -223,17 +280,17 @@ mod tests {
 
     #[test]
     fn rows_and_blocks_have_their_own_places() {
-        let mut rows = QuantRows::new(19, 96);
+        let mut rows = Activations::new(19, 96, Precision::Int8);
         for row in 0..19 {
             for block in 0..3 {
                 let x = [(row * 3 + block + 1) as f32; BLOCK];
-                rows.quantize(Isa::Scalar, row, block, &x);
+                rows.write(Isa::Scalar, row, block * BLOCK, &x);
             }
         }
         for row in 0..19 {
             for block in 0..3 {
                 // SAFETY: in bounds, and nothing writes.
-                let scale = unsafe { (*rows.at(row, block)).scale };
+                let scale = unsafe { (*rows.block(row, block)).scale };
                 assert_eq!(scale, (row * 3 + block + 1) as f32 / 127.0);
             }
         }
@@ -242,6 +299,6 @@ mod tests {
     #[test]
     #[should_panic]
     fn a_row_too_long_is_refused() {
-        QuantRows::new(1, 64).quantize(Isa::Scalar, 0, 1, &[0.0; 64]);
+        Activations::new(1, 64, Precision::Int8).write(Isa::Scalar, 0, 32, &[0.0; 64]);
     }
 }

@@ -1,0 +1,121 @@
+//! What the kernel needs of an instruction set beside [`Lanes`]: weights to lanes, and the
+//! exact integer dot of sixteen rows with a block of activations.
+
+use half::{bf16, f16};
+
+use crate::pack::{STRIP, TILE};
+use crate::quant::QuantBlock;
+use crate::simd::{Lanes, Scalar};
+
+/// The columns of a dot.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    All,
+    Low,
+    High,
+}
+
+/// Weights as lanes: lane r is row r of a strip.
+///
+/// # Safety
+/// As [`Lanes`]; `V` is the number of 64-byte vectors of a tile, 4 or 8, and pointers are
+/// valid for what they stand for.
+pub(super) trait Dot: Lanes {
+    /// Rows of activations whose sums fit in the registers; at most [`GROUP`](crate::quant::GROUP).
+    const ROWS: usize;
+
+    /// The quants of a tile, ready for [`dot`](Self::dot).
+    type Quants: Copy;
+
+    /// Sixteen f16.
+    unsafe fn f16(p: *const u8) -> Self;
+    /// Sixteen bf16.
+    unsafe fn bf16(p: *const u8) -> Self;
+    /// The quants of a tile.
+    unsafe fn unpack<const V: usize>(p: *const u8) -> Self::Quants;
+    /// The sums over the columns of `part` of `(q - zero) * activation`, exact.
+    unsafe fn dot<const V: usize>(
+        quants: &Self::Quants,
+        act: &QuantBlock,
+        part: Part,
+        zero: i32,
+    ) -> Self;
+}
+
+impl Part {
+    /// The groups of four columns.
+    #[inline(always)]
+    pub(super) const fn groups(self) -> (usize, usize) {
+        match self {
+            Self::All => (0, 8),
+            Self::Low => (0, 4),
+            Self::High => (4, 8),
+        }
+    }
+
+    /// `-sum` of the activations.
+    #[inline(always)]
+    pub(super) fn neg_sum(self, act: &QuantBlock) -> i32 {
+        match self {
+            Self::All => act.neg_sum,
+            Self::Low => act.neg_low,
+            Self::High => act.neg_sum - act.neg_low,
+        }
+    }
+}
+
+impl Dot for Scalar {
+    const ROWS: usize = 8;
+
+    type Quants = [[u8; TILE]; STRIP];
+
+    #[inline(always)]
+    unsafe fn f16(p: *const u8) -> Self {
+        // SAFETY: the caller vouches for sixteen numbers.
+        let bits = unsafe { p.cast::<[u16; STRIP]>().read_unaligned() };
+        Self(bits.map(|bits| f16::from_bits(bits).to_f32()))
+    }
+
+    #[inline(always)]
+    unsafe fn bf16(p: *const u8) -> Self {
+        // SAFETY: the caller vouches for sixteen numbers.
+        let bits = unsafe { p.cast::<[u16; STRIP]>().read_unaligned() };
+        Self(bits.map(|bits| bf16::from_bits(bits).to_f32()))
+    }
+
+    #[inline(always)]
+    unsafe fn unpack<const V: usize>(p: *const u8) -> Self::Quants {
+        let mut quants = [[0; TILE]; STRIP];
+        for v in 0..V {
+            // SAFETY: the caller vouches for V vectors.
+            let vector = unsafe { p.cast::<[[u8; 4]; STRIP]>().add(v).read() };
+            for (row, bytes) in quants.iter_mut().zip(vector) {
+                if V == 8 {
+                    row[4 * v..4 * v + 4].copy_from_slice(&bytes);
+                } else {
+                    row[8 * v..8 * v + 4].copy_from_slice(&bytes.map(|b| b & 0xf));
+                    row[8 * v + 4..8 * v + 8].copy_from_slice(&bytes.map(|b| b >> 4));
+                }
+            }
+        }
+        quants
+    }
+
+    #[inline(always)]
+    unsafe fn dot<const V: usize>(
+        quants: &Self::Quants,
+        act: &QuantBlock,
+        part: Part,
+        zero: i32,
+    ) -> Self {
+        let (from, to) = part.groups();
+        let start = zero * part.neg_sum(act);
+        Self(quants.map(|row| {
+            let pairs = row[4 * from..4 * to]
+                .iter()
+                .zip(&act.values[4 * from..4 * to]);
+            let dot = pairs.map(|(&q, &a)| i32::from(q) * i32::from(a));
+            (start + dot.sum::<i32>()) as f32
+        }))
+    }
+}
