@@ -63,7 +63,7 @@ impl FromStr for Endpoint {
 }
 
 /// The workers that a router may use, now and whenever they change.
-pub trait Membership: Send + Sync {
+pub trait Membership: fmt::Debug + Send + Sync {
     /// The current list, and a wake-up for each new one. The sender may be gone: the list is
     /// final then.
     fn watch(&self) -> watch::Receiver<Arc<Vec<Endpoint>>>;

@@ -1,19 +1,30 @@
 //! The orderly end of a process: one token that everybody watches, one tracker that knows
-//! every task, and the signals that start it.
+//! every task, and the signals that start it. Its start is told here too, for who started it.
 
-use std::{future::Future, io, time::Duration};
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
+    sync::watch,
     task::JoinHandle,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// How far a process has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Phase {
+    /// Where it listens, once it does.
+    pub address: Option<SocketAddr>,
+    /// Whether it has ever been ready to serve.
+    pub ready: bool,
+}
 
 /// The end of a process, shared by its parts. Clones are the same shutdown.
 #[derive(Clone, Debug, Default)]
 pub struct Shutdown {
     token: CancellationToken,
     tasks: TaskTracker,
+    phase: Arc<watch::Sender<Phase>>,
 }
 
 impl Shutdown {
@@ -41,6 +52,23 @@ impl Shutdown {
             std::process::exit(status);
         });
         Ok(shutdown)
+    }
+
+    /// The process listens at `address`.
+    pub fn listening(&self, address: SocketAddr) {
+        self.phase
+            .send_modify(|phase| phase.address = Some(address));
+    }
+
+    /// The process is ready to serve.
+    pub fn ready(&self) {
+        self.phase
+            .send_if_modified(|phase| !std::mem::replace(&mut phase.ready, true));
+    }
+
+    /// How far the process has come, and a wake-up for each step.
+    pub fn phase(&self) -> watch::Receiver<Phase> {
+        self.phase.subscribe()
     }
 
     /// Starts it. Idempotent.
@@ -113,6 +141,25 @@ mod tests {
         shutdown.start();
         clone.started().await;
         child.cancelled().await;
+    }
+
+    #[tokio::test]
+    async fn phases_are_seen_by_who_watches() {
+        let shutdown = Shutdown::new();
+        let mut phase = shutdown.phase();
+        let address = ([127, 0, 0, 1], 80).into();
+        shutdown.clone().listening(address);
+        phase.changed().await.unwrap();
+        shutdown.ready();
+        phase.changed().await.unwrap();
+        let reached = *phase.borrow_and_update();
+        let expected = Phase {
+            address: Some(address),
+            ready: true,
+        };
+        assert_eq!(reached, expected);
+        shutdown.ready();
+        assert!(!phase.has_changed().unwrap());
     }
 
     #[tokio::test(start_paused = true)]
