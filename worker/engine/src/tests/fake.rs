@@ -20,7 +20,6 @@ struct Cell {
 /// What a step does beside computing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    None,
     Retry,
     Fatal,
     Panic,

@@ -2,4 +2,7 @@
 
 mod engine;
 mod fake;
+mod laws;
+mod policy;
 mod rig;
+mod scoring;
