@@ -253,3 +253,45 @@ fn times_and_counts_are_told() {
     assert_eq!(rig.metrics.decode_tokens.get(), 4);
     assert_eq!(rig.metrics.prefill_tokens.get(), 70 + 6);
 }
+
+#[test]
+fn cached_pages_are_not_counted_as_room_for_their_own_sequence() {
+    let (mut rig, _) = rig(8, EngineConfig::default());
+    let shared = vec![1; 128];
+    rig.submit(request(1, shared.clone(), 1)).unwrap();
+    rig.run();
+    // Four idle pages, three held, one free: six are needed, of which four are the idle ones.
+    rig.submit(request(2, vec![2; 70], 20)).unwrap();
+    rig.step();
+    let long: Vec<u32> = shared.into_iter().chain(vec![3; 40]).collect();
+    rig.submit(request(3, long, 2)).unwrap();
+    rig.step();
+    let load = rig.stepper.output().1;
+    assert_eq!((load.running, load.waiting), (1, 1));
+    rig.run();
+    assert_eq!(rig.of(3).tokens.len(), 2);
+}
+
+#[test]
+fn a_step_that_takes_pages_away_admits_nobody() {
+    // Both outgrow their pages in the same step, and one page is left for the first.
+    let (mut rig, _) = rig(3, EngineConfig::default());
+    rig.submit(request(1, vec![1; 31], 30)).unwrap();
+    rig.submit(request(2, vec![2; 31], 30)).unwrap();
+    rig.step();
+    rig.step();
+    let mut urgent = request(3, vec![3], 30);
+    urgent.priority = 9;
+    rig.submit(urgent).unwrap();
+    let mut preempted = false;
+    while !rig.stepper.is_idle() {
+        let before = (rig.stepper.running(), rig.metrics.preemptions.get());
+        rig.step();
+        let after = (rig.stepper.running(), rig.metrics.preemptions.get());
+        if after.1 > before.1 {
+            preempted = true;
+            assert!(after.0 < before.0, "{before:?}, {after:?}");
+        }
+    }
+    assert!(preempted);
+}
