@@ -85,7 +85,7 @@ impl Sampler {
         let mut race = Race::new(key, max, sampling.temperature, sampling.min_p);
         if sampling.top_k == 0 && sampling.top_p >= 1.0 {
             race.enter(rows::first_of(logits, &self.block_max, max), max);
-            race.enter_all(logits);
+            race.enter_all(logits, &self.block_max);
         } else {
             let kept = self.truncation.keep(logits, &self.block_max, max, sampling);
             for candidate in kept {

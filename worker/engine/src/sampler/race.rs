@@ -5,6 +5,8 @@ use shoal_core::{NoiseKey, TokenId};
 use super::math::{exp_neg, log2_below};
 use super::rows::{BLOCK, LANES};
 
+/// Below log2 of every uniform number.
+const LOG2_LEAST_UNIFORM: f32 = -33.1;
 /// Covers every rounding in the bound below, with room to spare.
 const SLACK: f32 = 0.01;
 
@@ -61,20 +63,27 @@ impl Race {
         }
     }
 
-    /// Enters every token of a row. Someone must have been entered already.
+    /// Enters every token of a row with these block maxima. Someone must have been entered
+    /// already.
     ///
     /// Neither exp nor log is taken of most: with `U <= E`, a token loses surely if
     /// `log2 U - log2 w` is above the logarithm of the best score, where log2 U is bounded
-    /// from below by its float's bits and log2 w is linear in the logit.
-    pub(super) fn enter_all(&mut self, logits: &[f32]) {
+    /// from below by its float's bits and log2 w is linear in the logit. A block whose largest
+    /// logit would lose with the least noise, or is below `min_p`, is not even looked at.
+    pub(super) fn enter_all(&mut self, logits: &[f32], block_max: &[f32]) {
         let scale = (self.inverse_temperature * std::f32::consts::LOG2_E).min(f32::MAX);
         let (key, max) = (self.key, self.max);
         let bound = |token: usize, logit: f32| {
             log2_below(key.uniform(token as TokenId)) - (logit - max) * scale
         };
+        let min_p_bound = SLACK - libm::log2f(self.min_p);
         let (blocks, rest) = logits.as_chunks::<BLOCK>();
         for (index, block) in blocks.iter().enumerate() {
             let start = index * BLOCK;
+            let cost = (max - block_max[index]) * scale;
+            if cost > min_p_bound || cost + LOG2_LEAST_UNIFORM > self.log2_best {
+                continue;
+            }
             let mut least = [f32::INFINITY; LANES];
             let (vectors, _) = block.as_chunks::<LANES>();
             for (v, vector) in vectors.iter().enumerate() {

@@ -3,6 +3,8 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
+use shoal_core::PAGE_TOKENS;
+
 use super::fake::{FakeBackend, Fault, Probe, spec};
 use super::rig::{alone, key, request};
 use crate::config::{ConfigError, EngineConfig};
@@ -20,8 +22,12 @@ impl StepSink for Channel {
     }
 }
 
+/// More tokens than any test waits for: the fake backend takes quadratic time.
+const ENDLESS: u32 = 200_000;
+const CONTEXT: usize = 6250 * PAGE_TOKENS;
+
 fn start(config: EngineConfig) -> (EngineHandle, Receiver<SequenceOutput>, Probe) {
-    let backend = FakeBackend::new(64, spec(50, 1024));
+    let backend = FakeBackend::new(6250, spec(50, CONTEXT));
     let probe = backend.probe();
     let (send, receive) = channel();
     let handle = Engine::start(Box::new(backend), config, Box::new(Channel(send))).unwrap();
@@ -70,10 +76,10 @@ fn bad_requests_are_refused() {
         }
     );
     assert_eq!(
-        refused(request(1, vec![1; 1025], 1)),
+        refused(request(1, vec![1; CONTEXT + 1], 1)),
         SubmitError::PromptTooLong {
-            tokens: 1025,
-            limit: 1024
+            tokens: CONTEXT + 1,
+            limit: CONTEXT
         }
     );
     let mut bad = request(1, vec![1], 1);
@@ -100,8 +106,8 @@ fn settings_of_zero_are_refused() {
 #[test]
 fn cancelled_sequences_end() {
     let (handle, outputs, _) = start(EngineConfig::default());
-    handle.submit(request(1, vec![1], 1000)).unwrap();
-    handle.submit(request(2, vec![2], 1000)).unwrap();
+    handle.submit(request(1, vec![1], ENDLESS)).unwrap();
+    handle.submit(request(2, vec![2], ENDLESS)).unwrap();
     handle.cancel(key(1));
     assert_eq!(until_end(&outputs, 1).1, Finish::Cancelled);
     handle.cancel_session(1);
@@ -114,7 +120,7 @@ fn cancelled_sequences_end() {
 #[test]
 fn drained_engines_refuse_and_give_up_at_the_deadline() {
     let (handle, outputs, _) = start(EngineConfig::default());
-    handle.submit(request(1, vec![1], 1000)).unwrap();
+    handle.submit(request(1, vec![1], ENDLESS)).unwrap();
     handle.drain(None);
     assert!(handle.is_draining());
     let refused = handle.submit(request(2, vec![1], 1));
@@ -133,8 +139,7 @@ fn a_full_queue_refuses() {
         max_running: 1,
         ..EngineConfig::default()
     });
-    // The engine's thread is held in a publication, so the queue stands still: its backend
-    // takes the lock of the faults.
+    // The backend waits for this lock, so the queue stands still.
     let faults = probe.faults.lock().unwrap();
     handle.submit(request(1, vec![1], 2)).unwrap();
     handle.submit(request(2, vec![1], 2)).unwrap();
@@ -175,7 +180,7 @@ fn broken_backends_stop_the_engine() {
 #[test]
 fn stopping_ends_what_is_left_and_dropping_stops() {
     let (handle, outputs, _) = start(EngineConfig::default());
-    handle.submit(request(1, vec![1], 1000)).unwrap();
+    handle.submit(request(1, vec![1], ENDLESS)).unwrap();
     drop(handle);
     assert_eq!(until_end(&outputs, 1).1, Finish::Preempted);
     // The sink is gone with the thread.
