@@ -24,6 +24,7 @@ pub mod codec;
 mod cursor;
 mod error;
 mod reader;
+pub mod testmodel;
 mod types;
 mod value;
 mod writer;
