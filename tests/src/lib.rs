@@ -1,1 +1,10 @@
-//! (skeleton)
+//! What the tests of several crates share.
+
+#![forbid(unsafe_code)]
+
+pub mod accuracy;
+pub mod conformance;
+pub mod drive;
+pub mod model;
+pub mod naive;
+pub mod oracle;

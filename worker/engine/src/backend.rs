@@ -42,7 +42,7 @@ pub struct Segment {
 }
 
 /// A failed step. The KV pages of its sequences are undefined from their first row on.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// The batch is larger than the backend was built for.
     #[error("batch has {rows} rows, the backend takes {max}")]
@@ -71,8 +71,8 @@ pub enum BackendError {
         available: u64,
     },
     /// The device or library under the backend failed.
-    #[error("device: {0}")]
-    Device(String),
+    #[error("the device failed")]
+    Device(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 impl BackendError {

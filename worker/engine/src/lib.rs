@@ -5,7 +5,9 @@
 #![forbid(unsafe_code)]
 
 pub mod backend;
+pub mod candle;
 pub mod config;
+pub mod digest;
 pub mod engine;
 mod kv;
 pub mod metrics;
@@ -15,6 +17,7 @@ mod scheduler;
 mod sequence;
 pub mod spec;
 mod step;
+pub mod weights;
 
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,14 @@
 //! The shape of a model, read from its file once and shared by every backend.
 
+mod error;
+mod keys;
+mod parse;
+mod rope;
+mod tensors;
+
+pub use error::SpecError;
+pub use rope::{Rope, RopeKind};
+
 /// Families of decoder-only transformers that the engine runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Architecture {
@@ -11,24 +20,18 @@ pub enum Architecture {
     Qwen3,
 }
 
-/// Which elements of a head rotate together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RopeKind {
-    /// Elements 2i and 2i+1.
-    Interleaved,
-    /// Elements i and i + dims/2 (GPT-NeoX).
-    Halves,
-}
+impl Architecture {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Llama, Self::Qwen2, Self::Qwen3];
 
-/// Rotary position embedding (Su et al. 2021), every scaling resolved to plain frequencies.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// Pairing of the elements.
-    pub kind: RopeKind,
-    /// Radians per position of each pair; pairs beyond these do not rotate.
-    pub inv_freq: Vec<f32>,
-    /// Multiplies sine and cosine (YaRN's attention factor); 1 otherwise.
-    pub magnitude: f32,
+    /// `general.architecture` in GGUF.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+        }
+    }
 }
 
 /// The shape of a model.
