@@ -1,1 +1,26 @@
-//! (skeleton)
+//! A worker: loads one model, runs the engine, and serves `shoal.worker.v1`, health probes
+//! and metrics on one port. It speaks token ids only.
+
+#![forbid(unsafe_code)]
+
+mod config;
+mod error;
+mod load;
+mod memory;
+mod metrics;
+mod outbox;
+mod probes;
+mod run;
+mod service;
+mod session;
+mod sessions;
+mod wire;
+mod worker;
+
+#[cfg(test)]
+mod tests;
+
+pub use config::{BackendKind, ConfigError, WorkerConfig, parse_isa};
+pub use error::WorkerError;
+pub use load::LoadError;
+pub use run::run;

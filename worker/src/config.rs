@@ -1,0 +1,225 @@
+//! A worker's settings.
+
+use std::{fmt, num::NonZeroUsize, path::PathBuf, str::FromStr, time::Duration};
+
+use shoal_core::{Class, PAGE_TOKENS};
+use shoal_engine::config::EngineConfig;
+use shoal_fabric::net::ListenConfig;
+use shoal_kernels::isa::Isa;
+
+/// What runs the model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendKind {
+    /// Shoal's own kernels.
+    #[default]
+    Cpu,
+    /// `candle-core`: the portable fallback.
+    Candle,
+}
+
+impl fmt::Display for BackendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cpu => "cpu",
+            Self::Candle => "candle",
+        })
+    }
+}
+
+impl FromStr for BackendKind {
+    type Err = ConfigError;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        match s {
+            "cpu" => Ok(Self::Cpu),
+            "candle" => Ok(Self::Candle),
+            _ => Err(ConfigError::Backend { given: s.into() }),
+        }
+    }
+}
+
+/// An instruction set by its name: `scalar`, `avx2` or `avx512`.
+///
+/// # Errors
+/// When the name is another.
+pub fn parse_isa(name: &str) -> Result<Isa, ConfigError> {
+    match name {
+        "scalar" => Ok(Isa::Scalar),
+        "avx2" => Ok(Isa::Avx2),
+        "avx512" => Ok(Isa::Avx512),
+        _ => Err(ConfigError::Isa { given: name.into() }),
+    }
+}
+
+/// The settings of a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerConfig {
+    /// The GGUF file.
+    pub model: PathBuf,
+    /// The name that clients ask for; absent is the file's name without `.gguf`.
+    pub name: Option<String>,
+    /// Where it listens.
+    pub listen: ListenConfig,
+    /// What runs the model.
+    pub backend: BackendKind,
+    /// Instruction set of the `cpu` backend; absent is the best of the machine.
+    pub isa: Option<Isa>,
+    /// Threads that compute; absent is one per CPU.
+    pub threads: Option<NonZeroUsize>,
+    /// Bytes of the KV pool; absent is a quarter of the memory that is available, between
+    /// one full context and 1 GiB.
+    pub kv_bytes: Option<u64>,
+    /// Longest prompt + output, in tokens; absent, or beyond the model's, is the model's.
+    pub context: Option<usize>,
+    /// The scheduler's settings.
+    pub engine: EngineConfig,
+    /// Most open sessions. At least 1.
+    pub max_sessions: usize,
+    /// Bytes that a session may leave unread before it is closed. At least 64 KiB.
+    pub session_backlog: usize,
+    /// For running sequences after a signal; then they end as preempted.
+    pub drain: Duration,
+}
+
+impl WorkerConfig {
+    /// Defaults for everything but the file and the listener.
+    pub fn new(model: PathBuf, listen: ListenConfig) -> Self {
+        Self {
+            model,
+            name: None,
+            listen,
+            backend: BackendKind::default(),
+            isa: None,
+            threads: None,
+            kv_bytes: None,
+            context: None,
+            engine: EngineConfig::default(),
+            max_sessions: 256,
+            session_backlog: 64 << 20,
+            drain: Duration::from_secs(30),
+        }
+    }
+
+    /// Checks what can be checked without the model.
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
+        for (name, value, least) in [
+            ("max_sessions", self.max_sessions, 1),
+            ("session_backlog", self.session_backlog, 64 << 10),
+            ("context", self.context.unwrap_or(usize::MAX), PAGE_TOKENS),
+        ] {
+            if value < least {
+                return Err(ConfigError::Least { name, least });
+            }
+        }
+        if let Some(isa) = self.isa.filter(|isa| !isa.is_available()) {
+            return Err(ConfigError::IsaMissing { isa });
+        }
+        Ok(())
+    }
+
+    /// The served name.
+    pub(crate) fn served_name(&self) -> Result<String, ConfigError> {
+        let stem = || Some(self.model.file_stem()?.to_string_lossy().into_owned());
+        self.name
+            .clone()
+            .or_else(stem)
+            .filter(|name| !name.is_empty())
+            .ok_or(ConfigError::Name)
+    }
+}
+
+/// A setting that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A number is too small.
+    #[error("{name} must be at least {least}")]
+    Least {
+        /// Which.
+        name: &'static str,
+        /// Its least value.
+        least: usize,
+    },
+    /// Not a backend.
+    #[error("the backend is cpu or candle, not {given:?}")]
+    Backend {
+        /// What was given.
+        given: String,
+    },
+    /// Not an instruction set.
+    #[error("the instruction set is scalar, avx2 or avx512, not {given:?}")]
+    Isa {
+        /// What was given.
+        given: String,
+    },
+    /// This machine cannot run it.
+    #[error("this machine has no {isa:?}")]
+    IsaMissing {
+        /// Which.
+        isa: Isa,
+    },
+    /// The path of the model gives no name, and none was set.
+    #[error("the model has no name")]
+    Name,
+}
+
+impl ConfigError {
+    /// What to do about it.
+    pub fn class(&self) -> Class {
+        Class::Fatal
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shoal_fabric::net::Limits;
+
+    use super::*;
+
+    fn config() -> WorkerConfig {
+        let listen = ListenConfig {
+            address: ([127, 0, 0, 1], 0).into(),
+            tls: None,
+            limits: Limits::default(),
+        };
+        WorkerConfig::new("models/tiny.Q4_1.gguf".into(), listen)
+    }
+
+    #[test]
+    fn the_name_is_the_file_s_unless_set() {
+        assert_eq!(config().served_name().unwrap(), "tiny.Q4_1");
+        let mut config = config();
+        config.name = Some("mine".into());
+        assert_eq!(config.served_name().unwrap(), "mine");
+        config.name = Some(String::new());
+        assert_eq!(config.served_name(), Err(ConfigError::Name));
+    }
+
+    #[test]
+    fn every_least_value_holds() {
+        assert_eq!(config().validate(), Ok(()));
+        for (spoil, name) in [
+            (
+                (|c: &mut WorkerConfig| c.max_sessions = 0) as fn(&mut WorkerConfig),
+                "max_sessions",
+            ),
+            (|c| c.session_backlog = 1, "session_backlog"),
+            (|c| c.context = Some(31), "context"),
+        ] {
+            let mut config = config();
+            spoil(&mut config);
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.starts_with(name), "{error}");
+        }
+    }
+
+    #[test]
+    fn names_parse() {
+        for kind in [BackendKind::Cpu, BackendKind::Candle] {
+            assert_eq!(kind.to_string().parse(), Ok(kind));
+        }
+        assert!("cuda".parse::<BackendKind>().is_err());
+        assert_eq!(parse_isa("avx2"), Ok(Isa::Avx2));
+        assert!(parse_isa("AVX2").is_err());
+    }
+}

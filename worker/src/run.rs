@@ -1,0 +1,234 @@
+//! The life of a worker: listen, load, run once, serve, drain.
+
+use std::{sync::Arc, time::SystemTime};
+
+use axum::Router;
+use prost::Message;
+use sha2::{Digest, Sha256};
+use shoal_core::{Namespace, PAGE_TOKENS, Sampling, Scoring, Stopping};
+use shoal_engine::{
+    backend::Backend,
+    engine::{Engine, EngineHandle},
+    request::{Request, SequenceKey},
+};
+use shoal_fabric::{
+    metrics::Registry,
+    net::{self, Listener},
+    shutdown::Shutdown,
+};
+use shoal_proto::{
+    PROTOCOL_VERSION,
+    worker::{Finish, ModelDescription, worker_server::WorkerServer},
+};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use crate::{
+    config::WorkerConfig,
+    error::WorkerError,
+    load::{self, LoadError, Loaded},
+    probes,
+    service::Service,
+    sessions::{Seat, Sink},
+    wire::Identity,
+    worker::{Serving, Worker},
+};
+
+/// Runs a worker until the shutdown starts and its sequences have ended, or until it fails.
+/// It listens before it loads, so that probes see it STARTING.
+///
+/// # Errors
+/// When it cannot listen, the model cannot be loaded or run, or the engine stops.
+pub async fn run(config: WorkerConfig, shutdown: Shutdown) -> Result<(), WorkerError> {
+    config.validate()?;
+    let listener = net::bind(&config.listen).await?;
+    serve(config, listener, shutdown, load::model).await
+}
+
+/// [`run`] on a bound listener, with any way to load a model.
+pub(crate) async fn serve(
+    config: WorkerConfig,
+    listener: Listener,
+    shutdown: Shutdown,
+    load: impl FnOnce(&WorkerConfig) -> Result<Loaded, LoadError> + Send + 'static,
+) -> Result<(), WorkerError> {
+    let worker = Arc::new(Worker::new(&config, shutdown));
+    let registry = Registry::default();
+    registry.register(|r| worker.metrics.register(r));
+    let (reporter, health) = tonic_health::server::health_reporter();
+    probes::set_health(&reporter, worker.state()).await;
+    let health_task = worker
+        .shutdown
+        .spawn(probes::follow_state(worker.clone(), reporter));
+    let http = probes::routes(&worker).merge(registry.routes());
+    let grpc = Routes::new(WorkerServer::new(Service(worker.clone()))).add_service(health);
+    let app: Router = net::one_port(http, grpc.add_service(reflection()?));
+    let stop = CancellationToken::new();
+    let server = worker.shutdown.spawn(net::serve(listener, app, stop.clone()));
+
+    let result = live(&worker, config, &registry, load).await;
+    // Sessions send what they have and end; then connections have nothing to wait for.
+    worker.closing.cancel();
+    stop.cancel();
+    for task in [health_task, server] {
+        if let Err(error) = task.await {
+            tracing::error!(%error, "a part of the service broke off");
+        }
+    }
+    result
+}
+
+fn reflection() -> Result<
+    tonic_reflection::server::v1::ServerReflectionServer<
+        impl tonic_reflection::server::v1::ServerReflection,
+    >,
+    tonic_reflection::server::Error,
+> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(shoal_proto::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+}
+
+/// From loading to the last sequence.
+async fn live(
+    worker: &Worker,
+    config: WorkerConfig,
+    registry: &Registry,
+    load: impl FnOnce(&WorkerConfig) -> Result<Loaded, LoadError> + Send + 'static,
+) -> Result<(), WorkerError> {
+    let shutdown = worker.shutdown.token();
+    let drain = config.drain;
+    let engine_ended = CancellationToken::new();
+    let sink = Sink::new(worker.sessions.clone(), engine_ended.clone().drop_guard());
+    let start = async {
+        let loaded = on_own_thread(move || assemble(&config, load, sink)).await??;
+        registry.register(|r| loaded.engine.metrics().register(r));
+        warm_up(&loaded.engine, worker.sessions.open_own()).await?;
+        Ok::<_, WorkerError>(loaded)
+    };
+    let Some(serving) = shutdown.run_until_cancelled(start).await.transpose()? else {
+        return Ok(());
+    };
+    let engine = serving.engine.clone();
+    tracing::info!(
+        model = serving.description.model,
+        backend = serving.description.backend,
+        pages = serving.description.pages,
+        context = serving.description.context_length,
+        epoch = serving.identity.epoch,
+        "ready"
+    );
+    worker.ready(serving);
+    let serve = async {
+        shutdown.cancelled().await;
+        tracing::info!("draining");
+        worker.finish(&engine, drain).await;
+    };
+    tokio::select! {
+        biased;
+        () = serve => Ok(()),
+        () = engine_ended.cancelled() => {
+            Err(WorkerError::EngineStopped(engine.stopped().unwrap_or_default()))
+        }
+    }
+}
+
+/// Loading reads and packs gigabytes: it must not hold up the listener, nor the end of the
+/// process.
+async fn on_own_thread<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, WorkerError> {
+    let (done, result) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("load".into())
+        // Nobody listens any more where the shutdown came first.
+        .spawn(move || drop(done.send(work())))
+        .map_err(WorkerError::LoadThread)?;
+    result.await.map_err(|_| WorkerError::LoadBroken)
+}
+
+/// Loads the model and starts its engine.
+fn assemble(
+    config: &WorkerConfig,
+    load: impl FnOnce(&WorkerConfig) -> Result<Loaded, LoadError>,
+    sink: Sink,
+) -> Result<Serving, WorkerError> {
+    let model = config.served_name()?;
+    let Loaded { backend, tokenizer } = load(config).map_err(|source| WorkerError::Load {
+        path: config.model.clone(),
+        source,
+    })?;
+    let identity = Identity {
+        epoch: epoch(),
+        numerics_id: backend.numerics_id().0,
+    };
+    let bundle = tokenizer.encode_to_vec();
+    let mut description = describe(backend.as_ref(), model, &identity);
+    description.tokenizer_sha256 = Sha256::digest(&bundle).to_vec();
+    Ok(Serving {
+        engine: Engine::start(backend, config.engine.clone(), Box::new(sink))?,
+        identity,
+        description,
+        bundle: bundle.into(),
+    })
+}
+
+fn describe(backend: &dyn Backend, model: String, identity: &Identity) -> ModelDescription {
+    let spec = backend.spec();
+    let pool = backend.pages() as usize * PAGE_TOKENS;
+    ModelDescription {
+        protocol_version: PROTOCOL_VERSION,
+        model,
+        architecture: format!("{:?}", spec.architecture),
+        quantization: spec.quantization.clone(),
+        context_length: spec.context.min(pool) as u32,
+        vocab_size: spec.vocab as u32,
+        page_size: PAGE_TOKENS as u32,
+        pages: backend.pages(),
+        tensor_parallel: 1,
+        backend: backend.name().into(),
+        numerics_id: identity.numerics_id.into(),
+        epoch: identity.epoch,
+        ..ModelDescription::default()
+    }
+}
+
+/// Rises with every start: the time, in microseconds.
+fn epoch() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.map_or(1, |time| time.as_micros() as u64)
+}
+
+/// Runs one token through the model, and waits for the end of it.
+async fn warm_up(engine: &EngineHandle, seat: Seat) -> Result<(), WorkerError> {
+    engine.submit(Request {
+        key: SequenceKey {
+            session: seat.id,
+            sequence: 0,
+            attempt: 0,
+        },
+        prompt: vec![0],
+        resume: Vec::new(),
+        sampling: Sampling::default(),
+        stopping: Stopping {
+            max_tokens: 1,
+            ..Stopping::default()
+        },
+        scoring: Scoring::default(),
+        namespace: Namespace::new("", "warm-up"),
+        priority: 0,
+        deadline: None,
+    })?;
+    let mut finish = None;
+    while let (None, Ok(pending)) = (finish, seat.outbox.take().await) {
+        finish = pending.ended().next().map(|last| last.finish());
+    }
+    match finish {
+        Some(Finish::Length) => Ok(()),
+        _ => Err(WorkerError::FirstRun {
+            reason: engine.stopped(),
+        }),
+    }
+}

@@ -1,0 +1,202 @@
+//! One session: the stream of one router.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+use futures::Stream;
+use shoal_engine::request::SequenceKey;
+use shoal_fabric::telemetry;
+use shoal_proto::worker::{
+    Ping, Pong, Rejected, RouterFrame, SequenceOutput, StateChange, Submit, WorkerFrame,
+    WorkerState, router_frame, worker_frame,
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, Streaming};
+use tracing::Span;
+
+use crate::{
+    outbox::{Overflow, Pending},
+    sessions::Seat,
+    wire,
+    worker::{Serving, Worker},
+};
+
+/// What both directions of a session share.
+struct Session {
+    worker: Arc<Worker>,
+    serving: Arc<Serving>,
+    seat: Seat,
+    /// One per sequence that has not ended, from its submission to its end.
+    spans: Mutex<HashMap<(u64, u32), Span>>,
+    /// Either direction is over, or the worker closes.
+    ended: CancellationToken,
+}
+
+enum News {
+    Pending(Pending),
+    State(WorkerState),
+    End,
+}
+
+/// Starts a session on the router's frames; gives the worker's.
+pub(crate) fn start(
+    worker: Arc<Worker>,
+    serving: Arc<Serving>,
+    seat: Seat,
+    frames: Streaming<RouterFrame>,
+) -> impl Stream<Item = Result<WorkerFrame, Status>> + Send + 'static {
+    let session = Arc::new(Session {
+        ended: worker.closing.child_token(),
+        serving,
+        seat,
+        spans: Mutex::default(),
+        worker: worker.clone(),
+    });
+    worker.metrics.sessions.inc();
+    worker.shutdown.spawn(session.clone().read(frames));
+    session.write()
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.worker.metrics.sessions.dec();
+    }
+}
+
+impl Session {
+    /// Handles the router's frames. Cancels the session's sequences at its end, so nothing is
+    /// submitted after that.
+    async fn read(self: Arc<Self>, mut frames: Streaming<RouterFrame>) {
+        let handle = async {
+            while let Some(frame) = frames.message().await? {
+                self.handle(frame);
+            }
+            Ok::<_, Status>(())
+        };
+        if let Some(Err(status)) = self.ended.run_until_cancelled(handle).await {
+            tracing::debug!(session = self.seat.id, %status, "session broke off");
+        }
+        self.ended.cancel();
+        self.serving.engine.cancel_session(self.seat.id);
+    }
+
+    /// The worker's frames: the state first, then one frame per step. Ends the session when it
+    /// is dropped.
+    fn write(self: Arc<Self>) -> impl Stream<Item = Result<WorkerFrame, Status>> + Send + 'static {
+        let end = self.ended.clone().drop_guard();
+        let mut state = self.worker.watch();
+        state.mark_changed();
+        async_stream::try_stream! {
+            let _end = end;
+            loop {
+                match self.news(&mut state).await? {
+                    News::Pending(pending) => {
+                        for frame in self.frames(pending) {
+                            yield frame;
+                        }
+                    }
+                    News::State(state) => yield state_frame(state),
+                    News::End => break,
+                }
+            }
+        }
+    }
+
+    /// What the router is to hear next; the end comes when nothing else is left.
+    async fn news(&self, state: &mut watch::Receiver<WorkerState>) -> Result<News, Status> {
+        let overflow = |Overflow| Status::resource_exhausted("the session is read too slowly");
+        tokio::select! {
+            biased;
+            Ok(()) = state.changed() => Ok(News::State(*state.borrow_and_update())),
+            pending = self.seat.outbox.take() => pending.map(News::Pending).map_err(overflow),
+            () = self.ended.cancelled() => Ok(News::End),
+        }
+    }
+
+    fn handle(&self, frame: RouterFrame) {
+        match frame.frame {
+            Some(router_frame::Frame::Submit(submit)) => self.submit(submit),
+            Some(router_frame::Frame::Cancel(cancel)) => self.serving.engine.cancel(SequenceKey {
+                session: self.seat.id,
+                sequence: cancel.sequence,
+                attempt: cancel.attempt,
+            }),
+            Some(router_frame::Frame::Ping(Ping { nonce })) => self.seat.outbox.pong(Pong {
+                nonce,
+                step: self.serving.engine.steps(),
+                load: Some(wire::load(&self.serving.engine.load())),
+            }),
+            // A frame of a newer router.
+            None => {}
+        }
+    }
+
+    fn submit(&self, submit: Submit) {
+        let (sequence, attempt) = (submit.sequence, submit.attempt);
+        let span = tracing::info_span!(
+            "sequence",
+            request_id = submit.request_id,
+            session = self.seat.id,
+            sequence,
+            attempt,
+            prompt_tokens = submit.prompt.len(),
+            resumed_tokens = submit.resume.len(),
+        );
+        telemetry::set_parent_str(&span, &submit.traceparent);
+        // Before the engine can end it.
+        self.spans().insert((sequence, attempt), span.clone());
+        let identity = &self.serving.identity;
+        let result = wire::request(submit, self.seat.id, identity, Instant::now())
+            .and_then(|request| Ok(self.serving.engine.submit(request)?));
+        let Err(refusal) = result else { return };
+        tracing::debug!(parent: &span, %refusal, "sequence refused");
+        self.worker.metrics.rejected(refusal.reason());
+        self.spans().remove(&(sequence, attempt));
+        self.seat.outbox.reject(Rejected {
+            sequence,
+            attempt,
+            reason: refusal.reason().into(),
+            message: refusal.to_string(),
+        });
+    }
+
+    fn frames(&self, pending: Pending) -> impl Iterator<Item = WorkerFrame> + use<> {
+        pending.ended().for_each(|output| self.finish(output));
+        pending.frames()
+    }
+
+    /// Ends the sequence's span.
+    fn finish(&self, last: &SequenceOutput) {
+        self.worker.metrics.finished(last.finish());
+        let Some(span) = self.spans().remove(&(last.sequence, last.attempt)) else {
+            return;
+        };
+        let usage = last.usage.unwrap_or_default();
+        tracing::debug!(
+            parent: &span,
+            finish = last.finish().as_str_name(),
+            output_tokens = last.output_offset as usize + last.tokens.len(),
+            cached_tokens = usage.cached_tokens,
+            queue_us = usage.queue_us,
+            prefill_us = usage.prefill_us,
+            preemptions = usage.preemptions,
+            "sequence finished"
+        );
+    }
+
+    fn spans(&self) -> MutexGuard<'_, HashMap<(u64, u32), Span>> {
+        self.spans.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn state_frame(state: WorkerState) -> WorkerFrame {
+    WorkerFrame {
+        frame: Some(worker_frame::Frame::State(StateChange {
+            state: state.into(),
+        })),
+    }
+}

@@ -1,0 +1,9 @@
+//! A whole worker over real sockets, with a backend that needs no model.
+
+#![allow(clippy::unwrap_used)]
+
+mod fake;
+mod life;
+mod rig;
+mod session;
+mod service;
