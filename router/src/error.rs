@@ -5,7 +5,7 @@ use std::{borrow::Cow, path::PathBuf, time::Duration};
 use http::StatusCode;
 use shoal_core::{Class, ParamError};
 use shoal_fabric::{membership::EndpointError, net::NetError};
-use shoal_text::TextError;
+use shoal_text::{TemplateError, TextError};
 use tonic::Code;
 
 /// Why a router cannot start or go on.
@@ -81,6 +81,8 @@ pub(crate) enum RequestError {
     Unsupported { param: Cow<'static, str> },
     #[error("the prompt cannot be turned into tokens: {0}")]
     Text(#[from] TextError),
+    #[error(transparent)]
+    Template(#[from] TemplateError),
     #[error("the body is larger than {limit} bytes")]
     BodyTooLarge { limit: usize },
     #[error("no model {model:?} is served here")]
@@ -149,7 +151,7 @@ impl RequestError {
             Self::Param(_) => "invalid_value",
             Self::ContextLength { .. } => "context_length_exceeded",
             Self::Unsupported { .. } => "unsupported_parameter",
-            Self::Text(_) => "invalid_prompt",
+            Self::Text(_) | Self::Template(_) => "invalid_prompt",
             Self::BodyTooLarge { .. } => "body_too_large",
             Self::ModelNotFound { .. } => "model_not_found",
             Self::RouteNotFound { .. } => "unknown_url",
@@ -172,6 +174,7 @@ impl RequestError {
             Self::Invalid { param, .. } => param.as_deref(),
             Self::Param(error) => Some(error.param),
             Self::ContextLength { .. } | Self::Text(_) => Some("prompt"),
+            Self::Template(_) => Some("messages"),
             Self::Unsupported { param } => Some(param),
             Self::ModelNotFound { .. } => Some("model"),
             _ => None,

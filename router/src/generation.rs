@@ -134,11 +134,6 @@ impl Generation {
         }
     }
 
-    /// Output tokens so far.
-    pub(crate) fn len(&self) -> usize {
-        self.output.len()
-    }
-
     /// Waits for new tokens or the end. Not to be called after the end.
     pub(crate) async fn next(&mut self) -> Result<Tokens, RequestError> {
         let deadline = self.job.arrival.deadline;

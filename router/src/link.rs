@@ -2,7 +2,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use rand::RngExt;
 use shoal_fabric::{
     membership::Endpoint,
     net::{self, NetError},
@@ -84,7 +83,7 @@ pub(crate) async fn keep(
         if started.elapsed() > LONGEST_BACKOFF {
             backoff = FIRST_BACKOFF;
         }
-        tokio::time::sleep(backoff.mul_f64(rand::rng().random_range(0.5..1.0))).await;
+        tokio::time::sleep(backoff.mul_f64(rand::random_range(0.5..1.0))).await;
         backoff = (backoff * 2).min(LONGEST_BACKOFF);
     }
 }

@@ -9,17 +9,24 @@ use std::{
 use prost::Message as _;
 use sha2::{Digest, Sha256};
 use shoal_proto::worker::{ModelDescription, TokenizerBundle};
-use shoal_text::{ChatTemplate, TextError, Tokenizer};
+use shoal_text::{ChatTemplate, TemplateError, TextError, Tokenizer};
+
+use crate::error::RequestError;
 
 /// SHA-256 of an encoded tokenizer bundle.
 pub(crate) type BundleHash = [u8; 32];
 
 /// Tokenizer and chat template of one bundle.
-#[derive(Debug)]
 pub(crate) struct TextModel {
     pub(crate) tokenizer: Tokenizer,
-    /// `None`: the model has no chat template.
-    pub(crate) template: Option<ChatTemplate>,
+    /// Or why the model cannot chat.
+    template: Result<ChatTemplate, TemplateError>,
+}
+
+impl fmt::Debug for TextModel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TextModel").finish_non_exhaustive()
+    }
 }
 
 /// A bundle that does not hold what its worker says.
@@ -40,15 +47,16 @@ impl TextModel {
             return Err(BundleError::Hash);
         }
         let bundle = TokenizerBundle::decode(encoded)?;
-        let template = if bundle.chat_template.is_empty() {
-            None
-        } else {
-            Some(ChatTemplate::new(&bundle)?)
-        };
         Ok(Self {
             tokenizer: Tokenizer::new(&bundle)?,
-            template,
+            template: ChatTemplate::new(&bundle),
         })
+    }
+
+    /// The chat template, if the model has a sound one.
+    pub(crate) fn template(&self) -> Result<&ChatTemplate, RequestError> {
+        let message = |error: &TemplateError| RequestError::invalid("messages", error.to_string());
+        self.template.as_ref().map_err(message)
     }
 }
 

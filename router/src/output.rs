@@ -9,7 +9,7 @@ use shoal_proto::{
 };
 use shoal_text::{Detokenizer, StopMatcher};
 
-use crate::{answer::Growth, error::RequestError, generation::Tokens, model::Model, request::Job};
+use crate::{answer::Growth, error::RequestError, generation::Tokens, model::Model, request::{Job, stop_matcher}};
 
 /// A token that waits for its text: the stop strings may still take it back.
 #[derive(Debug)]
@@ -38,13 +38,9 @@ pub(crate) struct Output {
 impl Output {
     pub(crate) fn new(job: &Arc<Job>) -> Result<Self, RequestError> {
         let tokenizer = &job.model.text.tokenizer;
-        let stops = match job.stops.as_slice() {
-            [] => None,
-            stops => Some(StopMatcher::new(stops).map_err(shoal_text::TextError::from)?),
-        };
         Ok(Self {
             detokenizer: Detokenizer::new(tokenizer, job.prompt.last().copied()),
-            stops,
+            stops: stop_matcher(&job.stops)?,
             echo: job.echo.is_some(),
             held: VecDeque::new(),
             made: 0,
@@ -69,7 +65,6 @@ impl Output {
         if std::mem::take(&mut self.echo) {
             self.echo_prompt(news.prompt_logprobs, &mut growth);
         }
-        let echoed = growth.text.len();
         let stopped = news.end.is_some_and(|end| end.stopped);
         let last = news.tokens.len().saturating_sub(1);
         let mut logprobs = news.logprobs.into_iter();
@@ -90,14 +85,14 @@ impl Output {
                 start,
                 end: self.made,
             });
-            if self.release(&mut growth, echoed) {
+            if self.release(&mut growth) {
                 return growth;
             }
         }
         if news.end.is_some() {
             self.piece.clear();
             self.detokenizer.finish(&mut self.piece);
-            if self.release(&mut growth, echoed) {
+            if self.release(&mut growth) {
                 return growth;
             }
             if let Some(stops) = &mut self.stops {
@@ -114,7 +109,7 @@ impl Output {
     }
 
     /// Moves `piece` through the stop strings into the growth. True: one has ended the choice.
-    fn release(&mut self, growth: &mut Growth, echoed: usize) -> bool {
+    fn release(&mut self, growth: &mut Growth) -> bool {
         let before = growth.text.len();
         // As with stop tokens, stop strings count after min_tokens only.
         let armed = self.completion_tokens > self.job.stopping.min_tokens;
@@ -126,20 +121,19 @@ impl Output {
             self.let_go(all, growth);
             return false;
         };
-        debug_assert!(before >= echoed);
-        let stop = stops.push(&self.piece, &mut growth.text);
+        let matched = stops.push(&self.piece, &mut growth.text);
+        growth.stop = stops.matched().map(str::to_owned);
         self.released += growth.text.len() - before;
         let released = self.released;
-        let Some(stop) = stop else {
+        if !matched {
             self.let_go(released, growth);
             return false;
-        };
+        }
         // A token that reaches over the cut has given the text its beginning.
         while self.held.front().is_some_and(|held| held.start < released) {
             self.let_go_first(growth);
         }
         self.held.clear();
-        growth.stop = self.job.stops.get(stop).cloned();
         growth.finish = Some(FinishReason::Stop);
         true
     }

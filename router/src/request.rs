@@ -7,7 +7,7 @@ use shoal_proto::{
     inference::{self as api, GenerateRequest, generate_request::Prompt},
     worker as wire,
 };
-use shoal_text::{EncodeOptions, Message};
+use shoal_text::{EncodeOptions, Message, StopMatcher};
 use tokio::time::Instant;
 
 use crate::{
@@ -18,10 +18,6 @@ use crate::{
 
 /// Most choices of one request.
 const MAX_CHOICES: u32 = 16;
-/// Most stop strings.
-const MAX_STOPS: usize = 16;
-/// Longest stop string, in bytes.
-const MAX_STOP_BYTES: usize = 1024;
 /// Longer text is tokenized off the async threads.
 const LONG_TEXT: usize = 16 << 10;
 /// Seeds drawn here survive a client that keeps numbers as IEEE doubles.
@@ -88,7 +84,8 @@ impl Job {
         scoring.validate()?;
 
         let limits = request.stopping.unwrap_or_default();
-        check_stops(&limits.stop)?;
+        // Each choice makes its own later; a mistake shows here, before the queue.
+        stop_matcher(&limits.stop)?;
         if limits.max_tokens == Some(0) && !response.echo {
             return Err(RequestError::invalid(
                 "max_tokens",
@@ -131,6 +128,15 @@ impl Job {
     }
 }
 
+/// Looks for stop strings; `None` where there are none.
+pub(crate) fn stop_matcher(stops: &[String]) -> Result<Option<StopMatcher>, RequestError> {
+    if stops.is_empty() {
+        return Ok(None);
+    }
+    let matcher = StopMatcher::new(stops.to_vec());
+    matcher.map(Some).map_err(|error| RequestError::invalid("stop", error.to_string()))
+}
+
 /// A seed for a request that brings none.
 pub(crate) fn draw_seed() -> u64 {
     rand::random::<u64>() >> (64 - SEED_BITS)
@@ -166,19 +172,6 @@ fn to_wire(sampling: Sampling) -> wire::Sampling {
         repetition_penalty: sampling.repetition_penalty,
         logit_bias: sampling.logit_bias.into_iter().collect(),
     }
-}
-
-fn check_stops(stops: &[String]) -> Result<(), RequestError> {
-    let message = if stops.len() > MAX_STOPS {
-        format!("stop must be at most {MAX_STOPS} strings, not {}", stops.len())
-    } else if stops.iter().any(String::is_empty) {
-        "stop must not contain an empty string".to_owned()
-    } else if stops.iter().any(|stop| stop.len() > MAX_STOP_BYTES) {
-        format!("a stop string must be at most {MAX_STOP_BYTES} bytes long")
-    } else {
-        return Ok(());
-    };
-    Err(RequestError::invalid("stop", message))
 }
 
 fn check_prompt(prompt: &[TokenId], vocab: u32) -> Result<(), RequestError> {
@@ -290,13 +283,14 @@ fn render(chat: api::ChatPrompt, text: &TextModel) -> Result<String, RequestErro
     if chat.messages.is_empty() {
         return Err(RequestError::invalid("messages", "messages must not be empty"));
     }
-    let template = text.template.as_ref().ok_or_else(|| {
-        RequestError::invalid("messages", "the model has no chat template: use completions")
-    })?;
     let messages: Vec<Message> = chat
         .messages
         .into_iter()
-        .map(|m| Message::new(m.role, m.content))
+        .map(|m| Message {
+            role: m.role,
+            content: m.content,
+            name: Some(m.name).filter(|name| !name.is_empty()),
+        })
         .collect();
-    Ok(template.render(&messages, chat.add_generation_prompt.unwrap_or(true))?)
+    Ok(text.template()?.render(&messages, chat.add_generation_prompt.unwrap_or(true))?)
 }

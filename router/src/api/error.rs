@@ -1,9 +1,6 @@
 //! Errors as the doors show them.
 
-use axum::{
-    body::Body,
-    response::{IntoResponse, Response},
-};
+use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, header};
 use prost::Message as _;
 use serde::Serialize;
@@ -89,11 +86,4 @@ impl From<RequestError> for Status {
         };
         Self::with_details(code, message, details.encode_to_vec().into())
     }
-}
-
-/// The body of a response without one.
-pub(super) fn empty(status: http::StatusCode) -> Response {
-    let mut response = Response::new(Body::empty());
-    *response.status_mut() = status;
-    response
 }

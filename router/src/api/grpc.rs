@@ -17,7 +17,7 @@ use crate::{answer::Answer, error::RequestError, service::Service};
 
 /// The gRPC service.
 #[derive(Debug)]
-pub(super) struct Grpc(pub(super) Arc<Service>);
+pub(crate) struct Grpc(pub(super) Arc<Service>);
 
 impl Grpc {
     fn context<T>(&self, request: &mut Request<T>) -> Result<Context, RequestError> {

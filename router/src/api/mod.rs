@@ -8,15 +8,17 @@ mod error;
 mod grpc;
 mod openai;
 
+pub(crate) use grpc::Grpc;
+
 use std::sync::Arc;
 
 use axum::{
     Router,
-    extract::{DefaultBodyLimit, OriginalUri},
+    extract::DefaultBodyLimit,
     middleware::from_fn_with_state,
     routing::{get, post},
 };
-use http::Method;
+use http::{Method, Uri};
 use shoal_fabric::{metrics::Registry, net::one_port};
 use shoal_proto::{DESCRIPTORS, inference::inference_server::InferenceServer};
 use tonic::service::Routes;
@@ -38,7 +40,7 @@ pub(crate) fn app(
             .register_encoded_file_descriptor_set(DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    let inference = InferenceServer::new(grpc::Grpc(service.clone()))
+    let inference = InferenceServer::new(Grpc(service.clone()))
         .max_decoding_message_size(service.max_body_bytes);
     let grpc = Routes::new(inference)
         .add_service(health)
@@ -64,14 +66,14 @@ pub(crate) fn app(
     Ok(one_port(http, grpc).layer(from_fn_with_state(service, context::surround)))
 }
 
-async fn not_found(method: Method, OriginalUri(uri): OriginalUri) -> RequestError {
+async fn not_found(method: Method, uri: Uri) -> RequestError {
     RequestError::RouteNotFound {
         method: method.to_string(),
         path: uri.path().to_owned(),
     }
 }
 
-async fn not_allowed(method: Method, OriginalUri(uri): OriginalUri) -> RequestError {
+async fn not_allowed(method: Method, uri: Uri) -> RequestError {
     RequestError::MethodNotAllowed {
         method: method.to_string(),
         path: uri.path().to_owned(),

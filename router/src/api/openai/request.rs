@@ -19,7 +19,7 @@ const MAX_PROMPTS: usize = 64;
 /// The fields of `/v1/chat/completions` and `/v1/completions`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Body {
+pub(crate) struct Body {
     model: Option<String>,
     messages: Option<Vec<Message>>,
     prompt: Option<Prompts>,

@@ -1,0 +1,171 @@
+//! Chat templates: messages to a prompt, as the model was trained to read it.
+//!
+//! Templates are Jinja as Hugging Face renders it: a block takes its line with it, the string
+//! methods of Python work, and `raise_exception`, `strftime_now` and a plain `tojson` exist.
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Kwargs;
+use minijinja::{Environment, Error, ErrorKind, State, Value, context};
+use minijinja_contrib::pycompat::unknown_method_callback;
+use shoal_core::TokenId;
+use shoal_proto::worker::TokenizerBundle;
+use time::OffsetDateTime;
+use time::format_description::parse_strftime_borrowed;
+
+use crate::error::TemplateError;
+use crate::json;
+
+/// Steps of a rendering, and units of 64 bytes that it makes: 32 MiB at most.
+const FUEL: u64 = 1 << 19;
+
+/// The one template of an environment.
+const NAME: &str = "chat_template";
+
+/// For models without a template whose vocabulary has the tokens of ChatML.
+const CHATML: &str = "{% for message in messages %}\
+    {{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}\
+    {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+/// One message of a chat.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// Who speaks: system, user, assistant, or whatever else the template knows.
+    pub role: String,
+    /// What is said.
+    pub content: String,
+    /// The speaker's name, where several share a role.
+    pub name: Option<String>,
+}
+
+impl Message {
+    /// As templates see it; without a name there is no such key.
+    fn value(&self) -> Value {
+        let fields = [
+            ("role", Some(&self.role)),
+            ("content", Some(&self.content)),
+            ("name", self.name.as_ref()),
+        ];
+        fields
+            .into_iter()
+            .filter_map(|(key, text)| Some((key, Value::from(text?.as_str()))))
+            .collect()
+    }
+}
+
+/// The chat template of a model.
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+}
+
+impl ChatTemplate {
+    /// Compiles the template of `bundle`, or ChatML's if it has none and the vocabulary
+    /// contains `<|im_start|>`.
+    ///
+    /// # Errors
+    /// If there is none, or it is malformed.
+    pub fn new(bundle: &TokenizerBundle) -> Result<Self, TemplateError> {
+        let source = match bundle.chat_template.as_str() {
+            "" if bundle.tokens.iter().any(|token| token == "<|im_start|>") => CHATML,
+            "" => return Err(TemplateError::Missing),
+            source => source,
+        };
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .map_err(TemplateError::Syntax)?;
+        let mut environment = Environment::new();
+        environment.set_syntax(syntax);
+        environment.set_fuel(Some(FUEL));
+        environment.set_unknown_method_callback(unknown_method_callback);
+        environment.add_filter("tojson", to_json);
+        environment.add_function("raise_exception", raise_exception);
+        environment.add_function("strftime_now", strftime_now);
+        for (name, token) in [("bos_token", bundle.bos), ("eos_token", bundle.eos)] {
+            let text = token.and_then(|token: TokenId| bundle.tokens.get(token as usize));
+            environment.add_global(name, text.map_or("", String::as_str));
+        }
+        // Hugging Face defines these even where the request has none.
+        environment.add_global("tools", ());
+        environment.add_global("documents", ());
+        environment
+            .add_template_owned(NAME, source.to_owned())
+            .map_err(TemplateError::Syntax)?;
+        Ok(Self { environment })
+    }
+
+    /// The prompt for `messages`; with `add_generation_prompt` it ends where the assistant's
+    /// next message begins. Tokenize it with its special tokens parsed and none added.
+    ///
+    /// # Errors
+    /// If the template refuses the messages, fails, or goes beyond its budget.
+    pub fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<String, TemplateError> {
+        let messages: Value = messages.iter().map(Message::value).collect();
+        self.environment
+            .get_template(NAME)
+            .and_then(|template| template.render(context! { messages, add_generation_prompt }))
+            .map_err(classify)
+    }
+}
+
+/// What `raise_exception` was called with.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Raised(String);
+
+fn classify(error: Error) -> TemplateError {
+    if error.kind() == ErrorKind::OutOfFuel {
+        return TemplateError::Budget;
+    }
+    let mut cause = std::error::Error::source(&error);
+    while let Some(source) = cause {
+        if let Some(Raised(message)) = source.downcast_ref() {
+            return TemplateError::Raised {
+                message: message.clone(),
+            };
+        }
+        if source
+            .downcast_ref::<Error>()
+            .is_some_and(|error| error.kind() == ErrorKind::OutOfFuel)
+        {
+            return TemplateError::Budget;
+        }
+        cause = source.source();
+    }
+    TemplateError::Render(error)
+}
+
+fn raise_exception(message: String) -> Result<Value, Error> {
+    Err(
+        Error::new(ErrorKind::InvalidOperation, "raised by the template")
+            .with_source(Raised(message)),
+    )
+}
+
+/// The current date and time (UTC) in a format of strftime(3).
+fn strftime_now(format: &str) -> Result<String, Error> {
+    let invalid = |what| Error::new(ErrorKind::InvalidOperation, what);
+    let items = parse_strftime_borrowed(format)
+        .map_err(|error| invalid("unknown date format").with_source(error))?;
+    OffsetDateTime::now_utc()
+        .format(&items)
+        .map_err(|error| invalid("the date cannot be formatted").with_source(error))
+}
+
+/// JSON as Python writes it, without the escapes that HTML needs.
+fn to_json(state: &State, value: &Value, options: Kwargs) -> Result<Value, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    // Python's other ways to write JSON, which templates name though they are the default.
+    for name in ["ensure_ascii", "sort_keys", "separators"] {
+        let _: Option<Value> = options.get(name)?;
+    }
+    options.assert_all_used()?;
+    let text = json::python(value, indent)
+        .map_err(|error| Error::new(ErrorKind::BadSerialization, "not JSON").with_source(error))?;
+    state.consume_fuel(text.len() as u64 / 64)?;
+    Ok(Value::from(text))
+}
