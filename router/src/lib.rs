@@ -1,1 +1,28 @@
-//! (skeleton)
+//! The front door of a Shoal cluster: OpenAI's HTTP API and gRPC `shoal.inference.v1` on one
+//! port, and behind both one request path — credentials, queue, text, placement, a worker's
+//! session, and back. See `docs/architecture.md`.
+
+#![forbid(unsafe_code)]
+
+mod admission;
+mod answer;
+mod api;
+mod cluster;
+mod config;
+mod error;
+mod generation;
+mod keys;
+mod link;
+mod metrics;
+mod model;
+mod output;
+mod placement;
+mod request;
+mod server;
+mod service;
+mod session;
+
+pub use config::{RouterArgs, RouterConfig};
+pub use error::RouterError;
+pub use keys::ApiKeys;
+pub use server::{Server, run};

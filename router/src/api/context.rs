@@ -1,0 +1,138 @@
+//! What surrounds every request: its id, its span, its caller, its count.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    extract::{FromRequestParts, MatchedPath, Request, State},
+    middleware::Next,
+    response::Response,
+};
+use http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts};
+use shoal_fabric::telemetry;
+use tokio::time::Instant;
+use tracing::{Instrument, Span, field::Empty, info_span};
+
+use crate::{
+    api::error::Reason,
+    error::RequestError,
+    keys::Caller,
+    metrics::RequestLabels,
+    request::Arrival,
+    service::Service,
+};
+
+static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const LONGEST_REQUEST_ID: usize = 128;
+
+/// What the doors need to know of a request besides its message.
+#[derive(Clone, Debug)]
+pub(super) struct Context {
+    pub(super) request_id: Arc<str>,
+    caller: Option<Caller>,
+    traceparent: Option<String>,
+    at: Instant,
+}
+
+impl Context {
+    /// The request's arrival, with the deadline that the client or this router sets.
+    pub(super) fn arrival(
+        self,
+        timeout: Option<Duration>,
+        service: &Service,
+    ) -> Result<Arrival, RequestError> {
+        let longest = service.request_timeout;
+        Ok(Arrival {
+            caller: self.caller.ok_or(RequestError::Unauthenticated)?,
+            request_id: self.request_id,
+            traceparent: self.traceparent,
+            at: self.at,
+            deadline: self.at + timeout.map_or(longest, |t| t.min(longest)),
+        })
+    }
+
+    /// Whether the caller is known.
+    pub(super) fn authorize(&self) -> Result<(), RequestError> {
+        match self.caller {
+            Some(_) => Ok(()),
+            None => Err(RequestError::Unauthenticated),
+        }
+    }
+}
+
+/// The context of a request with valid credentials.
+#[derive(Debug)]
+pub(super) struct Authorized(pub(super) Context);
+
+impl FromRequestParts<Arc<Service>> for Authorized {
+    type Rejection = RequestError;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        _: &Arc<Service>,
+    ) -> Result<Self, RequestError> {
+        let context = parts.extensions.remove::<Context>();
+        let context = context.ok_or(RequestError::Unauthenticated)?;
+        context.authorize()?;
+        Ok(Self(context))
+    }
+}
+
+/// Gives the request its context and counts its answer.
+pub(super) async fn surround(
+    State(service): State<Arc<Service>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let request_id = request_id(request.headers());
+    let authorization = request.headers().get(header::AUTHORIZATION);
+    let caller = service.caller(authorization.map(HeaderValue::as_bytes));
+    let tenant = caller.as_ref().map(|caller| caller.tenant.name.clone());
+    let user = caller.as_ref().map(|caller| caller.user.clone());
+    let span = info_span!(
+        "request",
+        request_id = &*request_id,
+        tenant = tenant.as_deref(),
+        user = user.as_deref().filter(|user| !user.is_empty()),
+        model = Empty,
+        seed = Empty,
+    );
+    telemetry::set_parent_from_headers(&span, request.headers());
+    let path = request.extensions().get::<MatchedPath>();
+    let route = path.map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
+    request.extensions_mut().insert(Context {
+        request_id: request_id.clone(),
+        caller,
+        traceparent: telemetry::traceparent(&span),
+        at: Instant::now(),
+    });
+    let mut response = next.run(request).instrument(span.clone()).await;
+    if let Ok(id) = HeaderValue::from_str(&request_id) {
+        response.headers_mut().insert(REQUEST_ID.clone(), id);
+    }
+    account(&service, &span, route, &response);
+    response
+}
+
+fn account(service: &Service, span: &Span, route: String, response: &Response) {
+    if let Some(Reason(reason)) = response.extensions().get() {
+        service.metrics.rejected(reason);
+        tracing::info!(parent: span, status = response.status().as_u16(), reason, "refused");
+    }
+    let labels = RequestLabels {
+        route,
+        code: response.status().as_u16(),
+    };
+    service.metrics.requests.get_or_create(&labels).inc();
+}
+
+/// The client's id where it is fit for logs and headers, else a new one.
+fn request_id(headers: &HeaderMap) -> Arc<str> {
+    let fit = |id: &&str| {
+        (1..=LONGEST_REQUEST_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
+    };
+    let given = headers.get(&REQUEST_ID).and_then(|id| id.to_str().ok());
+    match given.filter(fit) {
+        Some(id) => id.into(),
+        None => format!("{:032x}", rand::random::<u128>()).into(),
+    }
+}

@@ -1,0 +1,161 @@
+//! The settings of a router.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use shoal_fabric::{
+    membership::Endpoint,
+    net::{ClientConfig, Limits, ListenConfig},
+    tls::{ClientTls, ServerTls},
+};
+
+use crate::{admission, cluster::LinkConfig, error::RouterError, keys::ApiKeys};
+
+/// The settings as a user gives them.
+#[derive(Clone, Debug)]
+pub struct RouterArgs {
+    /// Serves the OpenAI HTTP API and gRPC; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Plain text without it.
+    pub tls: Option<ServerTls>,
+    /// The workers, each `host:port`.
+    pub workers: Vec<String>,
+    /// TLS towards the workers; plain text without it.
+    pub worker_tls: Option<ClientTls>,
+    /// TOML file of hashed API keys (see [`ApiKeys`]); without it every caller is tenant
+    /// `default`.
+    pub api_keys: Option<PathBuf>,
+    /// Most sequences at the workers at one time.
+    pub max_running: u32,
+    /// Most requests that wait for that; further ones are refused.
+    pub max_waiting: u32,
+    /// Largest body of a request.
+    pub max_body_bytes: usize,
+    /// Deadline of a request that brings none, and the longest one it may bring.
+    pub request_timeout: Duration,
+    /// Output tokens of a request that sets no limit. Without it, as many as the context
+    /// holds (16 for `/v1/completions`, as OpenAI does).
+    pub default_max_tokens: Option<u32>,
+    /// How long a request whose worker was lost waits for another one.
+    pub resume_window: Duration,
+    /// A worker that says nothing for so long is taken for dead.
+    pub worker_silence: Duration,
+    /// A worker with work that finishes no step for so long is taken for hung.
+    pub worker_stall: Duration,
+}
+
+impl Default for RouterArgs {
+    fn default() -> Self {
+        Self {
+            listen: ([127, 0, 0, 1], 8080).into(),
+            tls: None,
+            workers: Vec::new(),
+            worker_tls: None,
+            api_keys: None,
+            max_running: 256,
+            max_waiting: 1024,
+            max_body_bytes: 8 << 20,
+            request_timeout: Duration::from_secs(600),
+            default_max_tokens: None,
+            resume_window: Duration::from_secs(30),
+            worker_silence: Duration::from_secs(10),
+            worker_stall: Duration::from_secs(60),
+        }
+    }
+}
+
+/// The settings, validated.
+#[derive(Clone, Debug)]
+pub struct RouterConfig {
+    pub(crate) listen: ListenConfig,
+    pub(crate) workers: Vec<Endpoint>,
+    pub(crate) link: LinkConfig,
+    pub(crate) keys: Option<ApiKeys>,
+    pub(crate) admission: admission::Limits,
+    pub(crate) max_body_bytes: usize,
+    pub(crate) request_timeout: Duration,
+    pub(crate) default_max_tokens: Option<u32>,
+    pub(crate) resume_window: Duration,
+}
+
+impl TryFrom<RouterArgs> for RouterConfig {
+    type Error = RouterError;
+
+    fn try_from(args: RouterArgs) -> Result<Self, RouterError> {
+        let check = |holds: bool, setting, expected| {
+            holds
+                .then_some(())
+                .ok_or(RouterError::Setting { setting, expected })
+        };
+        check(!args.workers.is_empty(), "workers", "at least one")?;
+        check(args.max_running > 0, "max_running", "at least 1")?;
+        check(args.max_body_bytes >= 1024, "max_body_bytes", "at least 1024")?;
+        check(args.default_max_tokens != Some(0), "default_max_tokens", "at least 1")?;
+        for (setting, time) in [
+            ("request_timeout", args.request_timeout),
+            ("worker_silence", args.worker_silence),
+            ("worker_stall", args.worker_stall),
+        ] {
+            check(time >= Duration::from_millis(100), setting, "at least 100 ms")?;
+        }
+        let workers: Result<Vec<Endpoint>, _> = args.workers.iter().map(|w| w.parse()).collect();
+        Ok(Self {
+            listen: ListenConfig {
+                address: args.listen,
+                tls: args.tls,
+                limits: Limits::default(),
+            },
+            workers: workers?,
+            link: LinkConfig {
+                client: ClientConfig {
+                    tls: args.worker_tls,
+                    ..ClientConfig::default()
+                },
+                silence: args.worker_silence,
+                stall: args.worker_stall,
+            },
+            keys: args.api_keys.as_deref().map(ApiKeys::load).transpose()?,
+            admission: admission::Limits {
+                max_running: args.max_running,
+                max_waiting: args.max_waiting,
+            },
+            max_body_bytes: args.max_body_bytes,
+            request_timeout: args.request_timeout,
+            default_max_tokens: args.default_max_tokens,
+            resume_window: args.resume_window,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args() -> RouterArgs {
+        RouterArgs {
+            workers: vec!["127.0.0.1:9090".into()],
+            ..RouterArgs::default()
+        }
+    }
+
+    #[test]
+    fn defaults_need_a_worker_only() {
+        assert!(RouterConfig::try_from(args()).is_ok());
+        let error = RouterConfig::try_from(RouterArgs::default()).unwrap_err();
+        assert_eq!(error.to_string(), "workers must be at least one");
+    }
+
+    #[test]
+    fn settings_are_checked() {
+        for (bad, name) in [
+            (RouterArgs { max_running: 0, ..args() }, "max_running"),
+            (RouterArgs { max_body_bytes: 10, ..args() }, "max_body_bytes"),
+            (RouterArgs { default_max_tokens: Some(0), ..args() }, "default_max_tokens"),
+            (RouterArgs { worker_stall: Duration::ZERO, ..args() }, "worker_stall"),
+            (RouterArgs { workers: vec!["nowhere".into()], ..args() }, "workers"),
+            (RouterArgs { api_keys: Some("/does/not/exist".into()), ..args() }, "/does/not/exist"),
+        ] {
+            let error = RouterConfig::try_from(bad).unwrap_err();
+            assert!(error.to_string().contains(name), "{error}");
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! The tokens of one choice, from whichever workers make them.
+//!
+//! The prompt, the output so far and the seed are all that a worker needs to go on, and they
+//! are kept here. When a worker dies, drains or gives the sequence up, the next attempt
+//! carries them to another worker, or to the same one once it is back: the client sees a
+//! pause.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use shoal_core::TokenId;
+use shoal_proto::worker::{
+    Finish, Logprob, RejectReason, SequenceOutput, SequenceUsage, Submit,
+};
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::{
+    admission::{Admission, Permit},
+    cluster::{Cluster, Place, Wanted},
+    error::RequestError,
+    metrics::Metrics,
+    placement::Work,
+    request::Job,
+    session::{Attachment, Closed, Event},
+};
+
+/// Attempts without a new token after which a sequence counts as the cause of its losses.
+const MAX_FRUITLESS: u32 = 4;
+/// Between tries where every worker refuses a sequence that was running.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+/// What every generation needs.
+#[derive(Debug)]
+pub(crate) struct Dispatch {
+    pub(crate) cluster: Arc<Cluster>,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) metrics: Metrics,
+    pub(crate) resume_window: Duration,
+    sequences: AtomicU64,
+}
+
+impl Dispatch {
+    pub(crate) fn new(
+        cluster: Arc<Cluster>,
+        admission: Arc<Admission>,
+        metrics: Metrics,
+        resume_window: Duration,
+    ) -> Self {
+        Self {
+            cluster,
+            admission,
+            metrics,
+            resume_window,
+            sequences: AtomicU64::new(1),
+        }
+    }
+
+    /// When a worker is predicted to have room again.
+    fn retry_after(&self) -> Duration {
+        let throughput = self.cluster.throughput();
+        throughput.drain_time(&self.admission.backlog())
+    }
+}
+
+/// New tokens of one choice.
+#[derive(Debug, Default)]
+pub(crate) struct Tokens {
+    pub(crate) tokens: Vec<TokenId>,
+    /// One per token, where asked for.
+    pub(crate) logprobs: Vec<Logprob>,
+    /// One per prompt token, once, where asked for.
+    pub(crate) prompt_logprobs: Vec<Logprob>,
+    pub(crate) end: Option<End>,
+}
+
+/// The end of a choice at its worker.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct End {
+    /// By a stop token, which is the last one; else by a limit.
+    pub(crate) stopped: bool,
+    pub(crate) usage: SequenceUsage,
+}
+
+/// One choice of a job. Dropping it cancels it.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    dispatch: Arc<Dispatch>,
+    job: Arc<Job>,
+    choice: u32,
+    work: Work,
+    sequence: u64,
+    attempt: u32,
+    output: Vec<TokenId>,
+    prompt_scored: bool,
+    /// Attempts that ended since the last new token.
+    fruitless: u32,
+    /// Since when it has had no worker that takes it.
+    homeless: Option<Instant>,
+    permit: Option<Permit>,
+    /// Workers that refused this sequence just now.
+    avoid: Vec<Arc<str>>,
+    at: Option<(Place, Attachment)>,
+    numerics_id: Vec<u8>,
+}
+
+impl Generation {
+    pub(crate) fn new(
+        dispatch: Arc<Dispatch>,
+        job: Arc<Job>,
+        choice: u32,
+        work: Work,
+        permit: Permit,
+    ) -> Self {
+        Self {
+            sequence: dispatch.sequences.fetch_add(1, Ordering::Relaxed),
+            dispatch,
+            job,
+            choice,
+            work,
+            attempt: 0,
+            output: Vec::new(),
+            prompt_scored: false,
+            fruitless: 0,
+            homeless: None,
+            permit: Some(permit),
+            avoid: Vec::new(),
+            at: None,
+            numerics_id: Vec::new(),
+        }
+    }
+
+    /// Waits for new tokens or the end. Not to be called after the end.
+    pub(crate) async fn next(&mut self) -> Result<Tokens, RequestError> {
+        let deadline = self.job.arrival.deadline;
+        loop {
+            let Some((_, attachment)) = &self.at else {
+                self.attach().await?;
+                continue;
+            };
+            let event = timeout_at(deadline, attachment.next()).await;
+            match event.map_err(|_| RequestError::Deadline)? {
+                Event::Output(output) => {
+                    let news = self.accept(output)?;
+                    if !news.tokens.is_empty()
+                        || !news.prompt_logprobs.is_empty()
+                        || news.end.is_some()
+                    {
+                        return Ok(news);
+                    }
+                }
+                Event::Rejected(RejectReason::Invalid, message) => {
+                    return Err(RequestError::Refused { message });
+                }
+                Event::Rejected(reason, _) => {
+                    tracing::debug!(reason = reason.as_str_name(), "submission refused");
+                    if let Some((place, _)) = &self.at {
+                        self.avoid.push(place.address.clone());
+                    }
+                    self.detach();
+                    if reason == RejectReason::Overloaded && self.attempt == 0 {
+                        self.must_fit_elsewhere()?;
+                    }
+                }
+                Event::Lost => self.lose()?,
+            }
+        }
+    }
+
+    /// Takes what is new of an output.
+    fn accept(&mut self, output: SequenceOutput) -> Result<Tokens, RequestError> {
+        let finish = output.finish();
+        let Some(known) = self.output.len().checked_sub(output.output_offset as usize) else {
+            tracing::warn!(
+                offset = output.output_offset,
+                have = self.output.len(),
+                "the worker left tokens out"
+            );
+            self.lose()?;
+            return Ok(Tokens::default());
+        };
+        let mut news = Tokens {
+            tokens: output.tokens,
+            logprobs: output.logprobs,
+            ..Tokens::default()
+        };
+        if known > 0 {
+            news.tokens.drain(..known.min(news.tokens.len()));
+            news.logprobs.drain(..known.min(news.logprobs.len()));
+        }
+        if !news.tokens.is_empty() {
+            self.fruitless = 0;
+            self.homeless = None;
+            self.avoid.clear();
+            self.output.extend_from_slice(&news.tokens);
+        }
+        if !self.prompt_scored && !output.prompt_logprobs.is_empty() {
+            self.prompt_scored = true;
+            news.prompt_logprobs = output.prompt_logprobs;
+        }
+        match finish {
+            Finish::Unspecified => {}
+            Finish::Stop | Finish::Length => {
+                self.at = None;
+                news.end = Some(End {
+                    stopped: finish == Finish::Stop,
+                    usage: output.usage.unwrap_or_default(),
+                });
+            }
+            Finish::Deadline => return Err(RequestError::Deadline),
+            // This router did not cancel it: the worker gave it up.
+            Finish::Cancelled | Finish::Preempted => self.lose()?,
+        }
+        Ok(news)
+    }
+
+    fn detach(&mut self) {
+        if let Some((_, attachment)) = self.at.take() {
+            self.permit = attachment.take_permit();
+        }
+    }
+
+    /// The worker is gone, or has given the sequence up.
+    fn lose(&mut self) -> Result<(), RequestError> {
+        self.detach();
+        self.fruitless += 1;
+        if self.fruitless >= MAX_FRUITLESS {
+            return Err(RequestError::WorkerLost {
+                attempts: self.fruitless,
+            });
+        }
+        self.attempt += 1;
+        self.dispatch.metrics.resubmissions.inc();
+        tracing::info!(
+            sequence = self.sequence,
+            attempt = self.attempt,
+            output = self.output.len(),
+            "sequence goes on elsewhere"
+        );
+        Ok(())
+    }
+
+    fn place(&self) -> Option<Place> {
+        let resumed = !self.output.is_empty();
+        self.dispatch.cluster.place(&Wanted {
+            model: &self.job.model.name,
+            work: self.work,
+            session_id: &self.job.session_id,
+            numerics_id: if resumed { &self.numerics_id } else { &[] },
+            avoid: &self.avoid,
+        })
+    }
+
+    /// A sequence that never ran is sent back rather than kept waiting.
+    fn must_fit_elsewhere(&self) -> Result<(), RequestError> {
+        match self.place() {
+            Some(_) => Ok(()),
+            None => Err(RequestError::Overloaded {
+                retry_after: self.dispatch.retry_after(),
+            }),
+        }
+    }
+
+    /// Finds a worker and submits the sequence, waiting for one within the resume window.
+    async fn attach(&mut self) -> Result<(), RequestError> {
+        let deadline = self.job.arrival.deadline;
+        let since = *self.homeless.get_or_insert_with(Instant::now);
+        let give_up = deadline.min(since + self.dispatch.resume_window);
+        let mut changes = self.dispatch.cluster.watch();
+        loop {
+            if let Some(place) = self.place() {
+                let submit = self.submission(&place);
+                let permit = self.permit.take();
+                let submitted = place.connected.session.submit(submit, permit);
+                match timeout_at(deadline, submitted).await {
+                    Ok(Ok(attachment)) => {
+                        let model = &place.connected.model;
+                        self.numerics_id.clone_from(&model.description.numerics_id);
+                        self.at = Some((place, attachment));
+                        return Ok(());
+                    }
+                    Ok(Err(Closed(permit))) => self.permit = permit,
+                    Err(_) => return Err(RequestError::Deadline),
+                }
+            }
+            self.avoid.clear();
+            let change = async {
+                tokio::select! {
+                    _ = changes.changed() => {}
+                    () = sleep(RETRY_PAUSE) => {}
+                }
+            };
+            if timeout_at(give_up, change).await.is_err() {
+                return Err(if give_up == deadline {
+                    RequestError::Deadline
+                } else {
+                    RequestError::NoWorker
+                });
+            }
+        }
+    }
+
+    fn submission(&self, place: &Place) -> Submit {
+        let (job, description) = (&self.job, &place.connected.model.description);
+        let left = job.arrival.deadline.saturating_duration_since(Instant::now());
+        let mut scoring = job.scoring;
+        if self.prompt_scored {
+            scoring.prompt_top = None;
+        }
+        Submit {
+            sequence: self.sequence,
+            attempt: self.attempt,
+            epoch: description.epoch,
+            prompt: job.prompt.clone(),
+            resume: self.output.clone(),
+            sampling: Some(job.sampling.clone()),
+            stopping: Some(job.stopping.clone()),
+            scoring: Some(scoring),
+            seed: job.seed,
+            choice: self.choice,
+            cache_namespace: job.namespace.as_bytes().to_vec(),
+            priority: job.priority,
+            deadline_in_ms: u32::try_from(left.as_millis()).unwrap_or(u32::MAX).max(1),
+            numerics_id: description.numerics_id.clone(),
+            traceparent: job.arrival.traceparent.clone().unwrap_or_default(),
+            request_id: job.arrival.request_id.to_string(),
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! Every metric of a router, under the prefix `shoal_`.
+
+use std::sync::{Arc, Weak};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
+    metrics::{
+        counter::Counter, family::Family, gauge::ConstGauge, histogram::Histogram,
+    },
+};
+use shoal_fabric::metrics::{Registry, latency_histogram, step_histogram};
+
+use crate::{admission::Admission, cluster::Cluster};
+
+/// The door and the answer of a request.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct RequestLabels {
+    /// The route's pattern, or the gRPC method.
+    pub(crate) route: String,
+    /// The HTTP status; of gRPC, always 200: its statuses are among the rejects.
+    pub(crate) code: u16,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ModelLabels {
+    model: Arc<str>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RejectLabels {
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WorkerLabels {
+    worker: Arc<str>,
+}
+
+/// Handles to the metrics of one model.
+#[derive(Clone, Debug)]
+pub(crate) struct ModelMetrics {
+    pub(crate) time_to_first_token: Histogram,
+    pub(crate) inter_token: Histogram,
+    pub(crate) end_to_end: Histogram,
+    pub(crate) queue_time: Histogram,
+    pub(crate) prompt_tokens: Counter,
+    pub(crate) cached_tokens: Counter,
+    pub(crate) output_tokens: Counter,
+    pub(crate) abandoned: Counter,
+}
+
+/// The metrics of a router; clones are the same ones.
+#[derive(Clone, Debug)]
+pub(crate) struct Metrics {
+    pub(crate) requests: Family<RequestLabels, Counter>,
+    pub(crate) resubmissions: Counter,
+    rejects: Family<RejectLabels, Counter>,
+    time_to_first_token: Family<ModelLabels, Histogram>,
+    inter_token: Family<ModelLabels, Histogram>,
+    end_to_end: Family<ModelLabels, Histogram>,
+    queue_time: Family<ModelLabels, Histogram>,
+    prompt_tokens: Family<ModelLabels, Counter>,
+    cached_tokens: Family<ModelLabels, Counter>,
+    output_tokens: Family<ModelLabels, Counter>,
+    abandoned: Family<ModelLabels, Counter>,
+}
+
+impl Metrics {
+    /// Registers them all.
+    pub(crate) fn new(registry: &Registry) -> Self {
+        let new = Self {
+            requests: Family::default(),
+            resubmissions: Counter::default(),
+            rejects: Family::default(),
+            time_to_first_token: Family::new_with_constructor(latency_histogram),
+            inter_token: Family::new_with_constructor(step_histogram),
+            end_to_end: Family::new_with_constructor(latency_histogram),
+            queue_time: Family::new_with_constructor(latency_histogram),
+            prompt_tokens: Family::default(),
+            cached_tokens: Family::default(),
+            output_tokens: Family::default(),
+            abandoned: Family::default(),
+        };
+        let m = new.clone();
+        registry.register(|r| {
+            r.register("requests", "Requests by route and status", m.requests);
+            r.register(
+                "resubmissions",
+                "Sequences given to another worker, or to the same one again",
+                m.resubmissions,
+            );
+            r.register("rejects", "Requests refused or failed, by reason", m.rejects);
+            r.register(
+                "time_to_first_token_seconds",
+                "From the request's arrival to its first output token",
+                m.time_to_first_token,
+            );
+            r.register(
+                "time_per_output_token_seconds",
+                "Between output tokens of a choice",
+                m.inter_token,
+            );
+            r.register(
+                "e2e_request_latency_seconds",
+                "From the request's arrival to the end of its answer",
+                m.end_to_end,
+            );
+            r.register(
+                "request_queue_time_seconds",
+                "From the request's arrival to its admission",
+                m.queue_time,
+            );
+            r.register("prompt_tokens", "Prompt tokens of admitted requests", m.prompt_tokens);
+            r.register(
+                "cached_prompt_tokens",
+                "Prompt tokens that a worker found in its prefix cache",
+                m.cached_tokens,
+            );
+            r.register("output_tokens", "Output tokens", m.output_tokens);
+            r.register(
+                "requests_abandoned",
+                "Answers whose client left or which failed before their end",
+                m.abandoned,
+            );
+        });
+        new
+    }
+
+    /// Counts a refusal or a failure.
+    pub(crate) fn rejected(&self, reason: &'static str) {
+        self.rejects.get_or_create(&RejectLabels { reason }).inc();
+    }
+
+    /// The metrics of one model, looked up once per request.
+    pub(crate) fn model(&self, model: Arc<str>) -> ModelMetrics {
+        let labels = ModelLabels { model };
+        ModelMetrics {
+            time_to_first_token: self.time_to_first_token.get_or_create_owned(&labels),
+            inter_token: self.inter_token.get_or_create_owned(&labels),
+            end_to_end: self.end_to_end.get_or_create_owned(&labels),
+            queue_time: self.queue_time.get_or_create_owned(&labels),
+            prompt_tokens: self.prompt_tokens.get_or_create_owned(&labels),
+            cached_tokens: self.cached_tokens.get_or_create_owned(&labels),
+            output_tokens: self.output_tokens.get_or_create_owned(&labels),
+            abandoned: self.abandoned.get_or_create_owned(&labels),
+        }
+    }
+}
+
+/// Reads the state of queue and workers whenever somebody scrapes.
+#[derive(Debug)]
+pub(crate) struct StateCollector {
+    pub(crate) admission: Weak<Admission>,
+    pub(crate) cluster: Weak<Cluster>,
+}
+
+impl Collector for StateCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let (Some(admission), Some(cluster)) = (self.admission.upgrade(), self.cluster.upgrade())
+        else {
+            return Ok(());
+        };
+        for (name, help, value) in [
+            ("requests_running", "Sequences at the workers", admission.running()),
+            ("requests_waiting", "Requests that wait for admission", admission.waiting()),
+        ] {
+            let gauge = ConstGauge::new(i64::from(value));
+            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
+        }
+        let workers = cluster.status();
+        let mut family = |name: &str, help: &str, value: fn(&WorkerStatus) -> i64| {
+            let kind = prometheus_client::metrics::MetricType::Gauge;
+            let mut descriptor = encoder.encode_descriptor(name, help, None, kind)?;
+            for status in &workers {
+                let labels = WorkerLabels {
+                    worker: status.worker.clone(),
+                };
+                let gauge = ConstGauge::new(value(status));
+                gauge.encode(descriptor.encode_family(&labels)?)?;
+            }
+            Ok(())
+        };
+        family("worker_up", "A session to the worker is open", |w| w.up.into())?;
+        family("worker_ready", "The worker takes sequences", |w| w.ready.into())?;
+        family("worker_sequences", "Sequences placed on the worker", |w| {
+            w.sequences.into()
+        })
+    }
+}
+
+/// One worker, as the metrics show it.
+#[derive(Clone, Debug)]
+pub(crate) struct WorkerStatus {
+    pub(crate) worker: Arc<str>,
+    pub(crate) up: bool,
+    pub(crate) ready: bool,
+    pub(crate) sequences: u32,
+}

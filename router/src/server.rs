@@ -1,0 +1,117 @@
+//! A router as a process runs it.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use shoal_fabric::{
+    membership::StaticMembership,
+    metrics::Registry,
+    net::{self, Listener},
+    shutdown::Shutdown,
+};
+use shoal_proto::inference::inference_server::InferenceServer;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    admission::Admission,
+    api::{self, Grpc},
+    cluster::Cluster,
+    config::RouterConfig,
+    error::RouterError,
+    metrics::{Metrics, StateCollector},
+    service::{Parts, Service},
+};
+
+/// A router whose port is bound.
+#[derive(Debug)]
+pub struct Server {
+    listener: Listener,
+    config: RouterConfig,
+}
+
+impl Server {
+    /// Binds the port.
+    ///
+    /// # Errors
+    /// When it is taken, or a TLS file is wrong.
+    pub async fn bind(config: RouterConfig) -> Result<Self, RouterError> {
+        let listener = net::bind(&config.listen).await?;
+        Ok(Self { listener, config })
+    }
+
+    /// The address, with the port that was taken for port 0.
+    ///
+    /// # Errors
+    /// When the system does not tell.
+    pub fn local_addr(&self) -> Result<SocketAddr, RouterError> {
+        self.listener.local_addr().map_err(RouterError::Address)
+    }
+
+    /// Serves until the shutdown; then lets the open answers end.
+    ///
+    /// # Errors
+    /// When a service cannot be set up.
+    pub async fn serve(self, shutdown: Shutdown) -> Result<(), RouterError> {
+        let Self { listener, config } = self;
+        // Links outlive the shutdown's start: open answers still need them.
+        let membership = StaticMembership::new(config.workers);
+        let cluster = Cluster::start(&membership, config.link, &shutdown);
+        let admission = Admission::new(config.admission);
+        let registry = Registry::default();
+        let metrics = Metrics::new(&registry);
+        let state = StateCollector {
+            admission: Arc::downgrade(&admission),
+            cluster: Arc::downgrade(&cluster),
+        };
+        registry.register(|registry| registry.register_collector(Box::new(state)));
+        let service = Arc::new(Service::new(Parts {
+            cluster: cluster.clone(),
+            admission,
+            metrics,
+            shutdown: shutdown.clone(),
+            keys: config.keys,
+            max_body_bytes: config.max_body_bytes,
+            request_timeout: config.request_timeout,
+            resume_window: config.resume_window,
+            default_max_tokens: config.default_max_tokens,
+        }));
+        let (reporter, health) = tonic_health::server::health_reporter();
+        let app = api::app(service.clone(), &registry, health)?;
+        let reporting = shutdown.spawn(report(service, reporter));
+        tracing::info!(address = ?listener.local_addr(), "router listens");
+        net::serve(listener, app, shutdown.token()).await;
+        cluster.stop();
+        reporting.abort();
+        Ok(())
+    }
+}
+
+/// Runs a router until the shutdown.
+///
+/// # Errors
+/// When its port cannot be bound or a service cannot be set up.
+pub async fn run(config: RouterConfig, shutdown: Shutdown) -> Result<(), RouterError> {
+    Server::bind(config).await?.serve(shutdown).await
+}
+
+/// Keeps `grpc.health.v1` at the state of `/ready`.
+async fn report(service: Arc<Service>, reporter: HealthReporter) {
+    let mut changes = service.cluster.watch();
+    loop {
+        let status = if service.is_ready() {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        };
+        reporter.set_service_status("", status).await;
+        reporter
+            .set_service_status(<InferenceServer<Grpc> as tonic::server::NamedService>::NAME, status)
+            .await;
+        if service.shutdown.is_started() {
+            return;
+        }
+        tokio::select! {
+            _ = changes.changed() => {}
+            () = service.shutdown.started() => {}
+        }
+    }
+}

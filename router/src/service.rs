@@ -1,0 +1,126 @@
+//! The one way of a request, whatever the door: credentials, quota, queue, text, placement.
+
+use std::{sync::Arc, time::Duration};
+
+use shoal_fabric::shutdown::Shutdown;
+use shoal_proto::inference::GenerateRequest;
+use tracing::Span;
+
+use crate::{
+    admission::Admission,
+    answer::Answer,
+    cluster::Cluster,
+    error::RequestError,
+    generation::Dispatch,
+    keys::{ApiKeys, Caller, Tenant},
+    metrics::Metrics,
+    placement::Work,
+    request::{Arrival, Job},
+};
+
+/// A router's state, behind every door.
+#[derive(Debug)]
+pub(crate) struct Service {
+    pub(crate) cluster: Arc<Cluster>,
+    pub(crate) metrics: Metrics,
+    pub(crate) max_body_bytes: usize,
+    pub(crate) request_timeout: Duration,
+    pub(crate) shutdown: Shutdown,
+    admission: Arc<Admission>,
+    dispatch: Arc<Dispatch>,
+    keys: Option<ApiKeys>,
+    /// Whoever calls where no keys are needed.
+    anyone: Caller,
+    default_max_tokens: Option<u32>,
+}
+
+/// What a [`Service`] is made of.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) cluster: Arc<Cluster>,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) metrics: Metrics,
+    pub(crate) shutdown: Shutdown,
+    pub(crate) keys: Option<ApiKeys>,
+    pub(crate) max_body_bytes: usize,
+    pub(crate) request_timeout: Duration,
+    pub(crate) resume_window: Duration,
+    pub(crate) default_max_tokens: Option<u32>,
+}
+
+impl Service {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let dispatch = Dispatch::new(
+            parts.cluster.clone(),
+            parts.admission.clone(),
+            parts.metrics.clone(),
+            parts.resume_window,
+        );
+        Self {
+            cluster: parts.cluster,
+            metrics: parts.metrics,
+            max_body_bytes: parts.max_body_bytes,
+            request_timeout: parts.request_timeout,
+            shutdown: parts.shutdown,
+            admission: parts.admission,
+            dispatch: Arc::new(dispatch),
+            keys: parts.keys,
+            anyone: Caller {
+                tenant: Arc::new(Tenant::unlimited("default")),
+                user: "".into(),
+            },
+            default_max_tokens: parts.default_max_tokens,
+        }
+    }
+
+    /// Who calls, by the `Authorization` header.
+    pub(crate) fn caller(&self, authorization: Option<&[u8]>) -> Option<Caller> {
+        let Some(keys) = &self.keys else {
+            return Some(self.anyone.clone());
+        };
+        let (scheme, key) = std::str::from_utf8(authorization?).ok()?.split_once(' ')?;
+        let key = scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())?;
+        keys.caller(key)
+    }
+
+    /// Whether a request without a limit gets one here.
+    pub(crate) fn has_default_max_tokens(&self) -> bool {
+        self.default_max_tokens.is_some()
+    }
+
+    /// Whether new requests are answered.
+    pub(crate) fn is_ready(&self) -> bool {
+        !self.shutdown.is_started() && self.cluster.is_ready()
+    }
+
+    /// Takes a request as far as its first news.
+    pub(crate) async fn generate(
+        &self,
+        request: GenerateRequest,
+        arrival: Arrival,
+    ) -> Result<Answer, RequestError> {
+        if self.shutdown.is_started() {
+            return Err(RequestError::Draining);
+        }
+        let tenant = arrival.caller.tenant.begin()?;
+        let model = self.cluster.model(&request.model)?;
+        if !self.cluster.is_ready() {
+            return Err(RequestError::NoWorker);
+        }
+        let ticket = self.admission.enter(self.cluster.throughput())?;
+        let job = Job::new(request, arrival, model, self.default_max_tokens).await?;
+        let job = Arc::new(job);
+        Span::current()
+            .record("model", &*job.model.name)
+            .record("seed", job.seed);
+        let work = Work {
+            prompt: job.prompt.len() as f64,
+            output: self.admission.expected_output(job.stopping.max_tokens),
+        };
+        let deadline = job.arrival.deadline;
+        let permits = ticket
+            .admit(job.choices, work, job.priority, deadline)
+            .await?;
+        Answer::start(&self.dispatch, job, work, permits, tenant).await
+    }
+}

@@ -1,0 +1,358 @@
+//! The hot stream between this router and one worker.
+//!
+//! A worker sends one frame per engine step with the new tokens of all sequences. The link
+//! task spreads them over [`Slot`]s and never waits: what a client has not fetched yet is
+//! merged into one output, which the sequence's `max_tokens` bounds. Dropping an
+//! [`Attachment`] cancels its sequence at the worker.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures::Stream;
+use shoal_proto::worker::{
+    Cancel, Finish, Ping, RejectReason, Rejected, RouterFrame, SequenceOutput, StepOutput, Submit,
+    router_frame::Frame,
+};
+use tokio::{
+    sync::{Notify, mpsc},
+    time::MissedTickBehavior,
+};
+
+use crate::admission::Permit;
+
+/// Submissions that wait for the worker's flow control.
+const OUTBOUND: usize = 64;
+
+/// What a worker says about a sequence.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// Everything since the last event.
+    Output(SequenceOutput),
+    /// The worker does not take it.
+    Rejected(RejectReason, String),
+    /// The session ended first.
+    Lost,
+}
+
+/// Where the output of one attempt waits for its client.
+#[derive(Debug)]
+struct Slot {
+    attempt: u32,
+    state: Mutex<SlotState>,
+    wake: Notify,
+}
+
+#[derive(Debug)]
+struct SlotState {
+    pending: Option<SequenceOutput>,
+    end: Option<Event>,
+    /// Most tokens the worker may still send.
+    room: usize,
+    /// Held until the worker is done with the sequence, however slow its client is.
+    permit: Option<Permit>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Slot {
+    /// Merges an output into what waits. False: it is more than was asked for.
+    fn push(&self, output: SequenceOutput) -> bool {
+        let mut state = lock(&self.state);
+        let Some(room) = state.room.checked_sub(output.tokens.len()) else {
+            return false;
+        };
+        state.room = room;
+        if output.finish != Finish::Unspecified as i32 && output.finish != Finish::Preempted as i32
+        {
+            state.permit = None;
+        }
+        match &mut state.pending {
+            None => state.pending = Some(output),
+            Some(pending) => {
+                pending.tokens.extend(output.tokens);
+                pending.logprobs.extend(output.logprobs);
+                pending.prompt_logprobs.extend(output.prompt_logprobs);
+                pending.finish = output.finish;
+                pending.usage = output.usage;
+            }
+        }
+        drop(state);
+        self.wake.notify_one();
+        true
+    }
+
+    fn end(&self, event: Event) {
+        lock(&self.state).end = Some(event);
+        self.wake.notify_one();
+    }
+
+    async fn next(&self) -> Event {
+        loop {
+            {
+                let mut state = lock(&self.state);
+                if let Some(output) = state.pending.take() {
+                    return Event::Output(output);
+                }
+                if let Some(event) = state.end.take() {
+                    return event;
+                }
+            }
+            self.wake.notified().await;
+        }
+    }
+}
+
+/// An entry of the session's table.
+#[derive(Debug)]
+struct Entry {
+    slot: Arc<Slot>,
+    /// Prompt tokens, until the first output shows that they are computed.
+    unstarted: u64,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    entries: HashMap<u64, Entry>,
+    /// Sum of the entries' `unstarted`.
+    unstarted: u64,
+    /// At most one per entry ever dropped and not yet sent.
+    cancels: Vec<Cancel>,
+    closed: bool,
+}
+
+impl Table {
+    fn remove(&mut self, sequence: u64, attempt: u32) -> Option<Entry> {
+        if self.entries.get(&sequence)?.slot.attempt != attempt {
+            return None;
+        }
+        let entry = self.entries.remove(&sequence)?;
+        self.unstarted -= entry.unstarted;
+        Some(entry)
+    }
+}
+
+/// What this router has placed on a worker.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Placed {
+    /// Sequences without their end.
+    pub(crate) sequences: u32,
+    /// Prompt tokens of those without an output.
+    pub(crate) unstarted_tokens: u64,
+}
+
+/// One open stream to a worker.
+#[derive(Debug)]
+pub(crate) struct Session {
+    table: Mutex<Table>,
+    outbound: mpsc::Sender<Submit>,
+    /// Something changed that the outgoing stream must see.
+    wake: Notify,
+}
+
+/// The session is over; the permit comes back.
+#[derive(Debug)]
+pub(crate) struct Closed(pub(crate) Option<Permit>);
+
+impl Session {
+    /// A session and the frames that it sends.
+    pub(crate) fn new(
+        ping_interval: Duration,
+    ) -> (Arc<Self>, impl Stream<Item = RouterFrame> + Send + 'static) {
+        let (outbound, submissions) = mpsc::channel(OUTBOUND);
+        let session = Arc::new(Self {
+            table: Mutex::default(),
+            outbound,
+            wake: Notify::new(),
+        });
+        let frames = outgoing(session.clone(), submissions, ping_interval);
+        (session, frames)
+    }
+
+    /// Sends a sequence to the worker. Cancel-safe: dropping the future withdraws it.
+    pub(crate) async fn submit(
+        self: &Arc<Self>,
+        submit: Submit,
+        permit: Option<Permit>,
+    ) -> Result<Attachment, Closed> {
+        let (sequence, attempt) = (submit.sequence, submit.attempt);
+        let most = submit.stopping.as_ref().map_or(0, |s| s.max_tokens) as usize;
+        let slot = Arc::new(Slot {
+            attempt,
+            state: Mutex::new(SlotState {
+                pending: None,
+                end: None,
+                room: most.saturating_sub(submit.resume.len()),
+                permit,
+            }),
+            wake: Notify::new(),
+        });
+        let unstarted = (submit.prompt.len() + submit.resume.len()) as u64;
+        {
+            let mut table = lock(&self.table);
+            if table.closed {
+                return Err(Closed(lock(&slot.state).permit.take()));
+            }
+            table.unstarted += unstarted;
+            let entry = Entry {
+                slot: slot.clone(),
+                unstarted,
+            };
+            table.entries.insert(sequence, entry);
+        }
+        let attachment = Attachment {
+            session: self.clone(),
+            sequence,
+            slot,
+        };
+        match self.outbound.send(submit).await {
+            Ok(()) => Ok(attachment),
+            Err(_) => Err(Closed(attachment.take_permit())),
+        }
+    }
+
+    /// Spreads the output of one engine step.
+    pub(crate) fn deliver(&self, step: StepOutput) {
+        let mut table = lock(&self.table);
+        let table = &mut *table;
+        for output in step.sequences {
+            let Some(entry) = table.entries.get_mut(&output.sequence) else {
+                continue;
+            };
+            if entry.slot.attempt != output.attempt {
+                continue;
+            }
+            table.unstarted -= std::mem::take(&mut entry.unstarted);
+            let (sequence, attempt) = (output.sequence, output.attempt);
+            let last = output.finish != Finish::Unspecified as i32;
+            let sound = entry.slot.push(output);
+            if !sound {
+                tracing::warn!(sequence, "the worker sent more than max_tokens");
+                entry.slot.end(Event::Lost);
+                table.cancels.push(Cancel { sequence, attempt });
+                self.wake.notify_one();
+            }
+            if last || !sound {
+                table.remove(sequence, attempt);
+            }
+        }
+    }
+
+    /// The worker does not take a sequence.
+    pub(crate) fn reject(&self, rejected: Rejected) {
+        let reason = rejected.reason();
+        let entry = lock(&self.table).remove(rejected.sequence, rejected.attempt);
+        if let Some(entry) = entry {
+            entry.slot.end(Event::Rejected(reason, rejected.message));
+        }
+    }
+
+    /// Ends every sequence as lost; further submissions fail.
+    pub(crate) fn close(&self) {
+        let entries = {
+            let mut table = lock(&self.table);
+            table.closed = true;
+            table.unstarted = 0;
+            table.cancels = Vec::new();
+            std::mem::take(&mut table.entries)
+        };
+        for entry in entries.into_values() {
+            entry.slot.end(Event::Lost);
+        }
+        self.wake.notify_one();
+    }
+
+    /// What is placed here now.
+    pub(crate) fn placed(&self) -> Placed {
+        let table = lock(&self.table);
+        Placed {
+            sequences: table.entries.len() as u32,
+            unstarted_tokens: table.unstarted,
+        }
+    }
+
+    fn holds(&self, sequence: u64, attempt: u32) -> bool {
+        let table = lock(&self.table);
+        let entry = table.entries.get(&sequence);
+        entry.is_some_and(|entry| entry.slot.attempt == attempt)
+    }
+
+    fn withdraw(&self, sequence: u64, attempt: u32) {
+        let mut table = lock(&self.table);
+        if table.remove(sequence, attempt).is_some() {
+            table.cancels.push(Cancel { sequence, attempt });
+            drop(table);
+            self.wake.notify_one();
+        }
+    }
+}
+
+/// Cancellations first, then submissions, and a ping now and then.
+fn outgoing(
+    session: Arc<Session>,
+    mut submissions: mpsc::Receiver<Submit>,
+    ping_interval: Duration,
+) -> impl Stream<Item = RouterFrame> + Send + 'static {
+    let frame = |frame| RouterFrame { frame: Some(frame) };
+    async_stream::stream! {
+        let mut ping = tokio::time::interval(ping_interval);
+        ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut nonce = 0;
+        loop {
+            let (cancels, closed) = {
+                let mut table = lock(&session.table);
+                (std::mem::take(&mut table.cancels), table.closed)
+            };
+            if closed {
+                break;
+            }
+            for cancel in cancels {
+                yield frame(Frame::Cancel(cancel));
+            }
+            tokio::select! {
+                biased;
+                () = session.wake.notified() => {}
+                Some(submit) = submissions.recv() => {
+                    // One that was withdrawn meanwhile must not follow its own cancellation.
+                    if session.holds(submit.sequence, submit.attempt) {
+                        yield frame(Frame::Submit(submit));
+                    }
+                }
+                _ = ping.tick() => {
+                    nonce += 1;
+                    yield frame(Frame::Ping(Ping { nonce }));
+                }
+            }
+        }
+    }
+}
+
+/// A client's hold on one attempt; dropping it cancels the attempt.
+#[derive(Debug)]
+pub(crate) struct Attachment {
+    session: Arc<Session>,
+    sequence: u64,
+    slot: Arc<Slot>,
+}
+
+impl Attachment {
+    /// Waits for news. Cancel-safe.
+    pub(crate) async fn next(&self) -> Event {
+        self.slot.next().await
+    }
+
+    /// The permit, for the next attempt, where the worker is not done.
+    pub(crate) fn take_permit(&self) -> Option<Permit> {
+        lock(&self.slot.state).permit.take()
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        self.session.withdraw(self.sequence, self.slot.attempt);
+    }
+}

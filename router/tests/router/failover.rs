@@ -1,0 +1,168 @@
+//! A stream survives its worker.
+
+use serde_json::json;
+use shoal_proto::worker::{RejectReason, WorkerState};
+use tonic_health::pb::health_check_response::ServingStatus;
+
+use crate::{
+    mock::{Mock, Script, tokens},
+    support::{Router, args, content, joined},
+};
+
+const TEXT: &str = "the very same text, wherever it is made";
+
+#[tokio::test]
+async fn a_crash_mid_stream_is_a_pause() {
+    for break_at in [0, 1, 7, TEXT.len()] {
+        let script = Script {
+            break_at: Some(break_at),
+            ..Script::answer(TEXT)
+        };
+        let mut mock = Mock::start(script).await;
+        let router = Router::ready(&[&mock]).await;
+        let fields = json!({"seed": 11, "stream_options": {"include_usage": true}});
+        let chunks = router.stream(fields).await.rest().await;
+        assert_eq!(joined(&chunks, 0), TEXT, "broken at {break_at}");
+        let usage = &chunks.last().unwrap()["usage"];
+        assert_eq!(usage["completion_tokens"], TEXT.len() + 1);
+        let (first, second) = (mock.submitted().await, mock.submitted().await);
+        assert_eq!((first.attempt, second.attempt), (0, 1));
+        assert_eq!(first.sequence, second.sequence);
+        assert_eq!(second.resume, tokens(&TEXT[..break_at]));
+        assert_eq!((second.seed, second.prompt), (11, first.prompt));
+        assert_eq!(router.metric("shoal_resubmissions_total").await, Some(1.0));
+        router.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn another_worker_takes_over() {
+    let script = Script {
+        break_at: Some(5),
+        ..Script::answer(TEXT)
+    };
+    let a = Mock::start(script.clone()).await;
+    let b = Mock::start(script).await;
+    let router = Router::ready(&[&a, &b]).await;
+    router.metric_becomes(&format!("shoal_worker_ready{{worker=\"{}\"}}", a.address), 1.0).await;
+    router.metric_becomes(&format!("shoal_worker_ready{{worker=\"{}\"}}", b.address), 1.0).await;
+    let answer = router.chat(json!({})).await;
+    assert_eq!(content(&answer), TEXT);
+}
+
+#[tokio::test]
+async fn a_preempted_sequence_goes_on() {
+    let script = Script {
+        preempt_at: Some(9),
+        ..Script::answer(TEXT)
+    };
+    let mut mock = Mock::start(script).await;
+    let router = Router::ready(&[&mock]).await;
+    assert_eq!(content(&router.chat(json!({})).await), TEXT);
+    mock.submitted().await;
+    assert_eq!(mock.submitted().await.resume.len(), 9);
+}
+
+#[tokio::test]
+async fn repeated_tokens_are_dropped() {
+    let script = Script {
+        break_at: Some(4),
+        repeat: true,
+        ..Script::answer(TEXT)
+    };
+    let mock = Mock::start(script).await;
+    let router = Router::ready(&[&mock]).await;
+    let answer = router.chat(json!({"logprobs": true})).await;
+    assert_eq!(content(&answer), TEXT);
+    let logprobs = answer["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(logprobs.len(), TEXT.len());
+}
+
+#[tokio::test]
+async fn a_request_that_kills_every_worker_is_given_up() {
+    let mut mock = Mock::gated(Script::answer(TEXT)).await;
+    let router = Router::ready(&[&mock]).await;
+    let killer = async {
+        for _ in 0..4 {
+            mock.submitted().await;
+            mock.crash();
+        }
+    };
+    let ((status, error), ()) = tokio::join!(
+        router.error("/v1/completions", json!({"prompt": "x"})),
+        killer
+    );
+    assert_eq!((status, &error["code"]), (503, &json!("worker_lost")));
+}
+
+#[tokio::test]
+async fn a_lost_stream_without_a_worker_ends_with_an_error_event() {
+    let mock = Mock::gated(Script::answer(TEXT)).await;
+    let mut args = args(&[&mock]);
+    args.resume_window = std::time::Duration::from_millis(200);
+    let router = Router::ready_with(args).await;
+    let stream = router.stream(json!({}));
+    let first = async {
+        mock.live(1).await;
+        mock.step(1);
+    };
+    let (mut events, ()) = tokio::join!(stream, first);
+    assert_eq!(events.text().await, "t");
+    drop(mock);
+    let event: serde_json::Value = serde_json::from_str(&events.next().await.unwrap()).unwrap();
+    assert_eq!(event["error"]["code"], "no_ready_worker");
+    assert_eq!(event["error"]["type"], "server_error");
+    assert_eq!(events.next().await, None);
+}
+
+#[tokio::test]
+async fn a_draining_worker_gets_nothing_new_and_finishes_its_own() {
+    let mock = Mock::gated(Script::answer("ab")).await;
+    let router = Router::ready(&[&mock]).await;
+    let begin = async {
+        mock.live(1).await;
+        mock.step(1);
+    };
+    let (events, ()) = tokio::join!(router.stream(json!({})), begin);
+    mock.set_state(WorkerState::Draining);
+    router.becomes(ServingStatus::NotServing).await;
+    let (status, error) = router.error("/v1/completions", json!({"prompt": "x"})).await;
+    assert_eq!((status, &error["code"]), (503, &json!("no_ready_worker")));
+    mock.step(2);
+    assert_eq!(joined(&events.rest().await, 0), "ab");
+}
+
+#[tokio::test]
+async fn a_refusing_worker_is_passed_over() {
+    for reason in [RejectReason::Draining, RejectReason::Overloaded, RejectReason::StaleEpoch] {
+        let mut a = Mock::start(Script::answer("from a worker that can")).await;
+        let mut b = Mock::start(Script::answer("from a worker that can")).await;
+        let router = Router::ready(&[&a, &b]).await;
+        for mock in [&a, &b] {
+            let name = format!("shoal_worker_ready{{worker=\"{}\"}}", mock.address);
+            router.metric_becomes(&name, 1.0).await;
+        }
+        a.set_script(|script| script.reject = Some(reason));
+        let answer = router.chat(json!({})).await;
+        assert_eq!(content(&answer), "from a worker that can");
+        a.submitted().await;
+        b.submitted().await;
+    }
+}
+
+#[tokio::test]
+async fn a_worker_that_falls_silent_is_lost() {
+    let mut mock = Mock::gated(Script::answer(TEXT)).await;
+    let mut args = args(&[&mock]);
+    args.worker_stall = std::time::Duration::from_millis(300);
+    let router = Router::ready_with(args).await;
+    let answer = router.chat(json!({}));
+    let hang = async {
+        assert_eq!(mock.submitted().await.attempt, 0);
+        // It answers pings, but makes no step.
+        assert_eq!(mock.submitted().await.attempt, 1);
+        mock.step(TEXT.len() + 1);
+    };
+    let (answer, ()) = tokio::join!(answer, hang);
+    assert_eq!(content(&answer), TEXT);
+}

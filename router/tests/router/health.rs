@@ -1,0 +1,86 @@
+//! Health as operators see it.
+
+use serde_json::json;
+use shoal_proto::worker::WorkerState;
+use tonic_health::pb::health_check_response::ServingStatus;
+
+use crate::{
+    mock::{Mock, Script},
+    support::{Router, args, chat_body},
+};
+
+#[tokio::test]
+async fn health_follows_the_workers_and_live_does_not() {
+    let mock = Mock::start(Script::answer("x")).await;
+    let router = Router::ready(&[&mock]).await;
+    let check = async |ready: u16| {
+        assert_eq!(router.get("/health").await.0, ready);
+        assert_eq!(router.get("/ready").await.0, ready);
+        assert_eq!(router.get("/live").await.0, 200);
+    };
+    check(200).await;
+    mock.set_state(WorkerState::Draining);
+    router.becomes(ServingStatus::NotServing).await;
+    check(503).await;
+    mock.set_state(WorkerState::Ready);
+    router.becomes(ServingStatus::Serving).await;
+    check(200).await;
+    drop(mock);
+    router.becomes(ServingStatus::NotServing).await;
+    check(503).await;
+}
+
+#[tokio::test]
+async fn without_any_worker_requests_are_503() {
+    let mock = Mock::start(Script::answer("x")).await;
+    let args = args(&[&mock]);
+    drop(mock);
+    let router = Router::start(args).await;
+    let response = router.post("/v1/chat/completions", chat_body(json!({}))).await;
+    assert_eq!(response.headers()["retry-after"], "1");
+    let (status, error) = crate::support::error_of(response).await;
+    assert_eq!((status, &error["code"]), (503, &json!("no_ready_worker")));
+    assert_eq!(router.get("/health").await.0, 503);
+    assert_eq!(router.get("/live").await.0, 200);
+    router.stop().await;
+}
+
+#[tokio::test]
+async fn a_shutdown_lets_open_answers_end() {
+    let mock = Mock::gated(Script::answer("to the end")).await;
+    let router = Router::ready(&[&mock]).await;
+    let begin = async {
+        mock.live(1).await;
+        mock.step(1);
+    };
+    let (events, ()) = tokio::join!(router.stream(json!({})), begin);
+    router.shutdown.start();
+    mock.step(20);
+    let chunks = events.rest().await;
+    assert_eq!(crate::support::joined(&chunks, 0), "to the end");
+    router.stop().await;
+}
+
+#[tokio::test]
+async fn metrics_count() {
+    let mock = Mock::start(Script::answer("four")).await;
+    let router = Router::ready(&[&mock]).await;
+    router.post("/v1/chat/completions", chat_body(json!({}))).await.bytes().await.unwrap();
+    router.post("/v1/chat/completions", json!({})).await;
+    let route = "shoal_requests_total{route=\"/v1/chat/completions\"";
+    for (name, value) in [
+        (format!("{route},code=\"200\"}}"), 1.0),
+        (format!("{route},code=\"400\"}}"), 1.0),
+        ("shoal_time_to_first_token_seconds_count{model=\"mock\"}".into(), 1.0),
+        ("shoal_e2e_request_latency_seconds_count{model=\"mock\"}".into(), 1.0),
+        ("shoal_request_queue_time_seconds_count{model=\"mock\"}".into(), 1.0),
+        ("shoal_prompt_tokens_total{model=\"mock\"}".into(), 4.0),
+        ("shoal_cached_prompt_tokens_total{model=\"mock\"}".into(), 2.0),
+        ("shoal_output_tokens_total{model=\"mock\"}".into(), 5.0),
+        ("shoal_rejects_total{reason=\"invalid_value\"}".into(), 1.0),
+        (format!("shoal_worker_up{{worker=\"{}\"}}", mock.address), 1.0),
+        (format!("shoal_worker_ready{{worker=\"{}\"}}", mock.address), 1.0),
+    ] {
+        router.metric_becomes(&name, value).await;
+    }
+}

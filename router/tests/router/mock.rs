@@ -1,0 +1,502 @@
+//! A scriptable worker on a real socket, and the tiny byte-level model that it serves.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use futures::{StreamExt, stream::BoxStream};
+use prost::Message as _;
+use sha2::{Digest, Sha256};
+use shoal_proto::{
+    PROTOCOL_VERSION,
+    worker::{
+        Cancel, Chunk, DescribeRequest, DrainRequest, DrainResponse, FetchTokenizerRequest,
+        Finish, Load, Logprob, ModelDescription, Pong, RejectReason, Rejected, RouterFrame,
+        SequenceOutput, SequenceUsage, StateChange, StepOutput, Submit, TokenizerBundle,
+        UndrainRequest, UndrainResponse, WorkerFrame, WorkerState,
+        router_frame::Frame as Up,
+        tokenizer_bundle::Kind,
+        worker_frame::Frame as Down,
+        worker_server::{Worker, WorkerServer},
+    },
+};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, mpsc, watch},
+    task::JoinHandle,
+};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming, transport::Server};
+
+pub(crate) const MODEL: &str = "mock";
+pub(crate) const CONTEXT: u32 = 512;
+pub(crate) const VOCAB: u32 = 259;
+const END: u32 = 256;
+
+/// GPT-2's printable stand-ins for bytes.
+fn byte_char(byte: u8) -> char {
+    let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    if printable(byte) {
+        return char::from(byte);
+    }
+    let rank = (0..byte).filter(|&b| !printable(b)).count() as u32;
+    char::from_u32(256 + rank).unwrap()
+}
+
+/// One token per byte, `<end>`, and the markup of a chat.
+fn bundle() -> TokenizerBundle {
+    let mut tokens: Vec<String> = (0..=255).map(|b| byte_char(b).to_string()).collect();
+    tokens.extend(["<end>", "<user>", "<bot>"].map(str::to_owned));
+    let mut token_types = vec![1; 256];
+    token_types.extend([3; 3]);
+    TokenizerBundle {
+        kind: Kind::ByteBpe as i32,
+        pre: "gpt-2".into(),
+        tokens,
+        token_types,
+        eos: Some(END),
+        end_tokens: vec![END],
+        chat_template: "{% for m in messages %}{% if m.role == 'bad' %}\
+            {{ raise_exception('bad role') }}{% endif %}<user>{{ m.content }}{% endfor %}\
+            {% if add_generation_prompt %}<bot>{% endif %}"
+            .into(),
+        ..TokenizerBundle::default()
+    }
+}
+
+/// What the worker does with a submission.
+#[derive(Clone, Debug)]
+pub(crate) struct Script {
+    /// The answer, whoever asks; after it comes the end token.
+    pub(crate) answer: Vec<u8>,
+    /// Tokens per sequence and step.
+    pub(crate) per_step: usize,
+    /// The session breaks once a sequence has so many output tokens; resumed ones count on.
+    pub(crate) break_at: Option<usize>,
+    /// The sequence is given up at that many output tokens, once.
+    pub(crate) preempt_at: Option<usize>,
+    pub(crate) reject: Option<RejectReason>,
+    /// Every step says the last token again, as a worker that replays.
+    pub(crate) repeat: bool,
+}
+
+impl Script {
+    pub(crate) fn answer(text: &str) -> Self {
+        Self {
+            answer: text.as_bytes().to_vec(),
+            per_step: 1,
+            break_at: None,
+            preempt_at: None,
+            reject: None,
+            repeat: false,
+        }
+    }
+}
+
+/// What the worker saw.
+#[derive(Clone, Debug)]
+pub(crate) enum Seen {
+    Submit(Box<Submit>),
+    Cancel(Cancel),
+    Session,
+}
+
+#[derive(Debug)]
+struct Shared {
+    script: Mutex<Script>,
+    /// A step takes one permit; closed is free running.
+    gate: Semaphore,
+    seen: mpsc::UnboundedSender<Seen>,
+    /// Sequences that run.
+    live: watch::Sender<usize>,
+    state: watch::Sender<WorkerState>,
+    breaks: watch::Sender<u64>,
+    epoch: Mutex<u64>,
+}
+
+/// A worker under a test's control.
+pub(crate) struct Mock {
+    pub(crate) address: SocketAddr,
+    shared: Arc<Shared>,
+    seen: mpsc::UnboundedReceiver<Seen>,
+    server: JoinHandle<()>,
+}
+
+impl Drop for Mock {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl Mock {
+    /// A worker that steps as fast as it can.
+    pub(crate) async fn start(script: Script) -> Self {
+        let mock = Self::gated(script).await;
+        mock.shared.gate.close();
+        mock
+    }
+
+    /// A worker whose steps wait for [`step`](Self::step).
+    pub(crate) async fn gated(script: Script) -> Self {
+        Self::bind(([127, 0, 0, 1], 0).into(), script).await
+    }
+
+    async fn bind(address: SocketAddr, script: Script) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (sender, seen) = mpsc::unbounded_channel();
+        let shared = Arc::new(Shared {
+            script: Mutex::new(script),
+            gate: Semaphore::new(0),
+            seen: sender,
+            live: watch::Sender::new(0),
+            state: watch::Sender::new(WorkerState::Ready),
+            breaks: watch::Sender::default(),
+            epoch: Mutex::new(1),
+        });
+        let service = WorkerServer::new(Service(shared.clone()));
+        let incoming = TcpListenerStream::new(listener);
+        let server = tokio::spawn(async move {
+            let server = Server::builder().tcp_nodelay(true).add_service(service);
+            server.serve_with_incoming(incoming).await.unwrap();
+        });
+        Self {
+            address,
+            shared,
+            seen,
+            server,
+        }
+    }
+
+    /// Lets so many steps happen.
+    pub(crate) fn step(&self, steps: usize) {
+        self.shared.gate.add_permits(steps);
+    }
+
+    pub(crate) fn set_script(&self, change: impl FnOnce(&mut Script)) {
+        change(&mut self.shared.script.lock().unwrap());
+    }
+
+    pub(crate) fn set_state(&self, state: WorkerState) {
+        self.shared.state.send_replace(state);
+    }
+
+    /// Breaks every session, as a crash does; the next one finds a new epoch.
+    pub(crate) fn crash(&self) {
+        *self.shared.epoch.lock().unwrap() += 1;
+        self.shared.breaks.send_modify(|n| *n += 1);
+    }
+
+    /// The next submission.
+    pub(crate) async fn submitted(&mut self) -> Submit {
+        loop {
+            if let Seen::Submit(submit) = self.seen.recv().await.unwrap() {
+                return *submit;
+            }
+        }
+    }
+
+    /// The next cancellation.
+    pub(crate) async fn cancelled(&mut self) -> Cancel {
+        loop {
+            if let Seen::Cancel(cancel) = self.seen.recv().await.unwrap() {
+                return cancel;
+            }
+        }
+    }
+
+    /// The next session.
+    pub(crate) async fn connected(&mut self) {
+        while !matches!(self.seen.recv().await.unwrap(), Seen::Session) {}
+    }
+
+    /// Waits until so many sequences run.
+    pub(crate) async fn live(&self, count: usize) {
+        let mut live = self.shared.live.subscribe();
+        live.wait_for(|&n| n == count).await.unwrap();
+    }
+}
+
+struct Service(Arc<Shared>);
+
+#[tonic::async_trait]
+impl Worker for Service {
+    type FetchTokenizerStream = BoxStream<'static, Result<Chunk, Status>>;
+    type SessionStream = BoxStream<'static, Result<WorkerFrame, Status>>;
+
+    async fn describe(
+        &self,
+        _: Request<DescribeRequest>,
+    ) -> Result<Response<ModelDescription>, Status> {
+        Ok(Response::new(ModelDescription {
+            protocol_version: PROTOCOL_VERSION,
+            model: MODEL.into(),
+            architecture: "mock".into(),
+            quantization: "none".into(),
+            context_length: CONTEXT,
+            vocab_size: VOCAB,
+            tokenizer_sha256: Sha256::digest(bundle().encode_to_vec()).to_vec(),
+            numerics_id: b"mock".to_vec(),
+            epoch: *self.0.epoch.lock().unwrap(),
+            state: *self.0.state.borrow() as i32,
+            ..ModelDescription::default()
+        }))
+    }
+
+    async fn fetch_tokenizer(
+        &self,
+        _: Request<FetchTokenizerRequest>,
+    ) -> Result<Response<Self::FetchTokenizerStream>, Status> {
+        let encoded = bundle().encode_to_vec();
+        let chunks: Vec<_> = encoded.chunks(100).map(|c| Ok(Chunk { data: c.to_vec() })).collect();
+        Ok(Response::new(futures::stream::iter(chunks).boxed()))
+    }
+
+    async fn session(
+        &self,
+        request: Request<Streaming<RouterFrame>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let (down, frames) = mpsc::channel(16);
+        let session = Session {
+            shared: self.0.clone(),
+            sequences: BTreeMap::new(),
+            step: 0,
+            down,
+        };
+        self.0.seen.send(Seen::Session).ok();
+        tokio::spawn(session.run(request.into_inner()));
+        Ok(Response::new(ReceiverStream::new(frames).boxed()))
+    }
+
+    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+
+    async fn undrain(
+        &self,
+        _: Request<UndrainRequest>,
+    ) -> Result<Response<UndrainResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+}
+
+struct Running {
+    submit: Submit,
+    /// Output tokens so far, resumed ones included.
+    done: usize,
+    started: bool,
+}
+
+struct Session {
+    shared: Arc<Shared>,
+    sequences: BTreeMap<u64, Running>,
+    step: u64,
+    down: mpsc::Sender<Result<WorkerFrame, Status>>,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let count = self.sequences.len();
+        self.shared.live.send_modify(|live| *live -= count);
+    }
+}
+
+impl Session {
+    async fn run(mut self, mut up: Streaming<RouterFrame>) {
+        let mut breaks = self.shared.breaks.subscribe();
+        let mut state = self.shared.state.subscribe();
+        let shared = self.shared.clone();
+        loop {
+            tokio::select! {
+                biased;
+                _ = breaks.changed() => {
+                    self.down.send(Err(Status::unavailable("crash"))).await.ok();
+                    return;
+                }
+                frame = up.message() => match frame {
+                    Ok(Some(frame)) => self.take(frame).await,
+                    _ => return,
+                },
+                _ = state.changed() => {
+                    let state = *state.borrow_and_update() as i32;
+                    self.send(Down::State(StateChange { state })).await;
+                }
+                permit = shared.gate.acquire(), if !self.sequences.is_empty() => {
+                    if let Ok(permit) = permit {
+                        permit.forget();
+                    } else {
+                        tokio::task::yield_now().await;
+                    }
+                    if !self.step().await {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn send(&self, frame: Down) {
+        self.down.send(Ok(WorkerFrame { frame: Some(frame) })).await.ok();
+    }
+
+    async fn take(&mut self, frame: RouterFrame) {
+        match frame.frame.unwrap() {
+            Up::Submit(submit) => {
+                let reject = self.shared.script.lock().unwrap().reject;
+                let (sequence, attempt) = (submit.sequence, submit.attempt);
+                self.shared.seen.send(Seen::Submit(Box::new(submit.clone()))).ok();
+                if let Some(reason) = reject {
+                    self.send(Down::Rejected(Rejected {
+                        sequence,
+                        attempt,
+                        reason: reason as i32,
+                        message: "as scripted".into(),
+                    }))
+                    .await;
+                    return;
+                }
+                let running = Running {
+                    done: submit.resume.len(),
+                    submit,
+                    started: false,
+                };
+                assert!(self.sequences.insert(sequence, running).is_none(), "sequence reused");
+                self.shared.live.send_modify(|live| *live += 1);
+            }
+            Up::Cancel(cancel) => {
+                if self.sequences.remove(&cancel.sequence).is_some() {
+                    self.shared.live.send_modify(|live| *live -= 1);
+                }
+                self.shared.seen.send(Seen::Cancel(cancel)).ok();
+            }
+            Up::Ping(ping) => {
+                self.send(Down::Pong(Pong {
+                    nonce: ping.nonce,
+                    step: self.step,
+                }))
+                .await;
+            }
+        }
+    }
+
+    /// False: the session breaks.
+    async fn step(&mut self) -> bool {
+        self.step += 1;
+        let script = self.shared.script.lock().unwrap().clone();
+        let mut outputs = Vec::new();
+        for running in self.sequences.values_mut() {
+            if script.break_at.is_some_and(|at| running.done >= at) {
+                self.shared.script.lock().unwrap().break_at = None;
+                self.down.send(Err(Status::unavailable("crash"))).await.ok();
+                return false;
+            }
+            if script.preempt_at.is_some_and(|at| running.done >= at) {
+                self.shared.script.lock().unwrap().preempt_at = None;
+                outputs.push(SequenceOutput {
+                    sequence: running.submit.sequence,
+                    attempt: running.submit.attempt,
+                    output_offset: running.done as u32,
+                    finish: Finish::Preempted as i32,
+                    ..SequenceOutput::default()
+                });
+                continue;
+            }
+            outputs.push(running.advance(&script));
+        }
+        for output in &outputs {
+            if output.finish != Finish::Unspecified as i32 {
+                self.sequences.remove(&output.sequence);
+                self.shared.live.send_modify(|live| *live -= 1);
+            }
+        }
+        let load = Load {
+            prefill_tps: 1000.0,
+            decode_tps: 100.0,
+            running: self.sequences.len() as u32,
+            ..Load::default()
+        };
+        self.send(Down::Step(StepOutput {
+            step: self.step,
+            sequences: outputs,
+            load: Some(load),
+        }))
+        .await;
+        true
+    }
+}
+
+impl Running {
+    fn advance(&mut self, script: &Script) -> SequenceOutput {
+        let stopping = self.submit.stopping.clone().unwrap();
+        let scoring = self.submit.scoring.unwrap();
+        let max = stopping.max_tokens as usize;
+        let offset = self.done;
+        let mut tokens = Vec::new();
+        let mut finish = Finish::Unspecified;
+        if max == 0 {
+            finish = Finish::Length;
+        }
+        while finish == Finish::Unspecified && tokens.len() < script.per_step {
+            let token = script.answer.get(self.done).map_or(END, |&byte| byte.into());
+            tokens.push(token);
+            self.done += 1;
+            if stopping.stop_token_ids.contains(&token) {
+                finish = Finish::Stop;
+            } else if self.done >= max {
+                finish = Finish::Length;
+            }
+        }
+        let first = !std::mem::replace(&mut self.started, true);
+        let scored = |count: usize, top: Option<u32>| match top {
+            None => Vec::new(),
+            Some(top) => vec![logprob(top); count],
+        };
+        let logprobs = scored(tokens.len(), scoring.output_top);
+        let mut prompt_logprobs = Vec::new();
+        if first {
+            prompt_logprobs = scored(self.submit.prompt.len(), scoring.prompt_top);
+            if let Some(first) = prompt_logprobs.first_mut() {
+                *first = Logprob {
+                    unscored: true,
+                    ..Logprob::default()
+                };
+            }
+        }
+        let mut output = SequenceOutput {
+            sequence: self.submit.sequence,
+            attempt: self.submit.attempt,
+            output_offset: offset as u32,
+            tokens,
+            logprobs,
+            prompt_logprobs,
+            finish: finish as i32,
+            usage: (finish != Finish::Unspecified).then_some(SequenceUsage {
+                cached_tokens: 2,
+                ..SequenceUsage::default()
+            }),
+        };
+        // Said before the break that lost it.
+        if script.repeat && first && !self.submit.resume.is_empty() {
+            let last = self.submit.resume[self.submit.resume.len() - 1];
+            output.output_offset -= 1;
+            output.tokens.insert(0, last);
+        }
+        output
+    }
+}
+
+fn logprob(top: u32) -> Logprob {
+    Logprob {
+        logprob: -0.5,
+        top_tokens: (0..top).map(|i| u32::from(b'a') + i).collect(),
+        top_logprobs: (0..top).map(|i| -0.5 - i as f32).collect(),
+        unscored: false,
+    }
+}
+
+/// The tokens of a text in this model.
+pub(crate) fn tokens(text: &str) -> Vec<u32> {
+    text.bytes().map(u32::from).collect()
+}
