@@ -62,6 +62,14 @@ Where standard input is not a terminal, each of its lines is one prompt.")]
 /// What to do with model files.
 #[derive(Subcommand, Debug)]
 pub(crate) enum ModelCommand {
+    /// Show what a model file holds and what memory it needs
+    #[command(after_help = "\
+Examples:
+  shoal model inspect
+  shoal model inspect model.gguf --tensors
+  shoal model inspect hf://org/repo/model.gguf --json")]
+    Inspect(InspectArgs),
+
     /// Fetch a model into the cache and print its path
     #[command(after_help = "\
 Examples:
@@ -71,6 +79,29 @@ Examples:
 
     /// List the cached models
     List(ListArgs),
+}
+
+/// Options of `shoal model inspect`.
+#[derive(Args, Debug)]
+pub(crate) struct InspectArgs {
+    /// A GGUF file, hf://ORG/REPO/FILE[@REVISION], or demo
+    #[arg(default_value_t)]
+    pub(crate) model: ModelSource,
+
+    /// Show every tensor
+    #[arg(long)]
+    pub(crate) tensors: bool,
+
+    /// Show every metadata entry
+    #[arg(long)]
+    pub(crate) metadata: bool,
+
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) store: StoreSettings,
 }
 
 /// Options of `shoal model fetch`.

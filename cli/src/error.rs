@@ -2,9 +2,11 @@
 
 use std::error::Error;
 use std::io;
+use std::path::PathBuf;
 
 use shoal_core::Class;
 use shoal_fabric::telemetry::TelemetryError;
+use shoal_gguf::GgufError;
 
 use crate::bench::BenchError;
 use crate::chat::ChatError;
@@ -24,6 +26,8 @@ pub(crate) enum CliError {
     Output(#[source] io::Error),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error("{path} is no usable model")]
+    Model { path: PathBuf, source: GgufError },
     #[error(transparent)]
     Chat(#[from] ChatError),
     #[error(transparent)]
@@ -38,6 +42,7 @@ impl CliError {
             Self::Log(error) => error.class(),
             Self::Runtime(_) | Self::Output(_) => Class::Fatal,
             Self::Store(error) => error.class(),
+            Self::Model { source, .. } => source.class(),
             Self::Chat(error) => error.class(),
             Self::Bench(error) => error.class(),
         }

@@ -8,6 +8,7 @@ mod chat;
 mod client;
 mod config;
 mod error;
+mod inspect;
 mod model;
 mod store;
 
@@ -63,6 +64,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Model(command) => {
             start_log(log, "info")?;
             match command {
+                ModelCommand::Inspect(args) => model::show(&args, &file)?,
                 ModelCommand::Fetch(args) => model::fetch(&args, &file)?,
                 ModelCommand::List(args) => model::list(&args, &file)?,
             }

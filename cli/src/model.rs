@@ -4,15 +4,30 @@ use std::io::{self, Write};
 
 use indicatif::HumanBytes;
 
-use crate::args::{FetchArgs, ListArgs};
+use crate::args::{FetchArgs, InspectArgs, ListArgs};
 use crate::config::{ConfigFile, StoreSettings};
 use crate::error::CliError;
+use crate::inspect::{Details, inspect};
 use crate::store::Store;
 
 /// The store that flags, environment and file describe.
 pub(crate) fn store(settings: &StoreSettings, file: &ConfigFile) -> Result<Store, CliError> {
     let settings = file.merge(settings)?;
     Ok(Store::new(settings.try_into()?))
+}
+
+/// Shows what a model file holds.
+pub(crate) fn show(args: &InspectArgs, file: &ConfigFile) -> Result<(), CliError> {
+    let path = store(&args.store, file)?.resolve(&args.model)?;
+    let details = Details {
+        metadata: args.metadata,
+        tensors: args.tensors,
+    };
+    let inspection = inspect(&path, details).map_err(|source| CliError::Model { path, source })?;
+    print(|out| match args.json {
+        true => writeln!(out, "{}", serde_json::to_string_pretty(&inspection)?),
+        false => write!(out, "{inspection}"),
+    })
 }
 
 /// Fetches a model where it is not cached yet, and prints its path.
