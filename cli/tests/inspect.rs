@@ -19,14 +19,14 @@ fn write(path: &Path) {
         ("attention.head_count_kv", 2),
         ("context_length", 128),
     ] {
-        writer.metadata(&format!("llama.{key}"), value);
+        writer.metadata(&format!("llama.{key}"), value).unwrap();
     }
     let weights: Vec<f32> = (0..64 * 32).map(|n| n as f32 / 100.0).collect();
     let quantized = shoal_gguf::quantize(GgmlType::Q8_0, &weights);
     writer.tensor("token_embd.weight", GgmlType::Q8_0, &[32, 64], quantized).unwrap();
     let norm = shoal_gguf::quantize(GgmlType::F32, &weights[..64]);
     writer.tensor("output_norm.weight", GgmlType::F32, &[64], norm).unwrap();
-    std::fs::write(path, writer.finish()).unwrap();
+    std::fs::write(path, writer.to_bytes()).unwrap();
 }
 
 #[tokio::test]
