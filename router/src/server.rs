@@ -75,6 +75,10 @@ impl Server {
             default_max_tokens: config.default_max_tokens,
         }));
         let (reporter, health) = tonic_health::server::health_reporter();
+        // It starts out as serving, and no worker is connected yet.
+        reporter
+            .set_service_status("", ServingStatus::NotServing)
+            .await;
         let app = api::app(service.clone(), &registry, health)?;
         let reporting = shutdown.spawn(report(service, reporter));
         tracing::info!(address = ?listener.local_addr(), "router listens");

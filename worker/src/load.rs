@@ -18,4 +18,6 @@ impl LoadError {
         Class::Fatal
     }
 }
-pub(crate) fn model(_config: &crate::WorkerConfig) -> Result<Loaded, LoadError> { todo!() }
+pub(crate) fn model(_config: &crate::WorkerConfig) -> Result<Loaded, LoadError> {
+    todo!()
+}

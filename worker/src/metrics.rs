@@ -23,7 +23,11 @@ pub(crate) struct WorkerMetrics {
 impl WorkerMetrics {
     pub(crate) fn register(&self, registry: &mut Registry) {
         let r = registry.sub_registry_with_prefix("worker");
-        r.register("sessions", "Open sessions of routers", self.sessions.clone());
+        r.register(
+            "sessions",
+            "Open sessions of routers",
+            self.sessions.clone(),
+        );
         r.register(
             "rejected_sequences",
             "Sequences that were not taken, by reason",

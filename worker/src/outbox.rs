@@ -146,7 +146,11 @@ impl Pending {
                 && o.finish() == Finish::Unspecified
         };
         let place = self.outputs.iter().position(open);
-        let entry = if place.is_none() { mem::size_of_val(&output) } else { 0 };
+        let entry = if place.is_none() {
+            mem::size_of_val(&output)
+        } else {
+            0
+        };
         if !self.take_room(entry + weight(&output), limit) {
             return;
         }
@@ -335,14 +339,23 @@ mod tests {
         large.logprobs = widest(3000);
         large.prompt_logprobs = widest(2000);
         large.finish = Some((End::Stop, Usage::default()));
-        publish(&outbox, 1, vec![output(0, 0, 20_000), large, output(2, 0, 1)]);
+        publish(
+            &outbox,
+            1,
+            vec![output(0, 0, 20_000), large, output(2, 0, 1)],
+        );
         let (mut offset, mut logprobs, mut prompt, mut ends) = (5, 0, 0, 0);
         for part in steps(&outbox).iter().flat_map(|step| &step.sequences) {
             if part.sequence != 1 {
                 continue;
             }
             assert_eq!(part.output_offset, offset);
-            assert!(part.tokens.iter().copied().eq((offset..).take(part.tokens.len())));
+            assert!(
+                part.tokens
+                    .iter()
+                    .copied()
+                    .eq((offset..).take(part.tokens.len()))
+            );
             assert!(offset == 5 || part.prompt_logprobs.is_empty());
             assert_eq!(ends, 0, "the end comes last");
             offset += part.tokens.len() as u32;

@@ -65,7 +65,9 @@ pub(crate) async fn serve(
     let grpc = Routes::new(WorkerServer::new(Service(worker.clone()))).add_service(health);
     let app: Router = net::one_port(http, grpc.add_service(reflection()?));
     let stop = CancellationToken::new();
-    let server = worker.shutdown.spawn(net::serve(listener, app, stop.clone()));
+    let server = worker
+        .shutdown
+        .spawn(net::serve(listener, app, stop.clone()));
 
     let result = live(&worker, config, &registry, load).await;
     // Sessions send what they have and end; then connections have nothing to wait for.

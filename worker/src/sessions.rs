@@ -150,7 +150,12 @@ mod tests {
         let (a, b) = (sessions.open().unwrap(), sessions.open().unwrap());
         let ended = CancellationToken::new();
         let mut sink = Sink::new(sessions, ended.clone().drop_guard());
-        let mut outputs = vec![output(a.id, 1), output(b.id, 1), output(99, 1), output(a.id, 2)];
+        let mut outputs = vec![
+            output(a.id, 1),
+            output(b.id, 1),
+            output(99, 1),
+            output(a.id, 2),
+        ];
         sink.publish(1, &mut outputs, &Load::default());
         for (seat, sequences) in [(&a, 2), (&b, 1)] {
             let pending = seat.outbox.try_take().unwrap().unwrap();

@@ -64,8 +64,7 @@ pub(crate) fn request(
         return Err(Refusal::Numerics);
     }
     let namespace = &submit.cache_namespace;
-    let namespace =
-        Namespace::from_bytes(namespace).ok_or(Refusal::Namespace(namespace.len()))?;
+    let namespace = Namespace::from_bytes(namespace).ok_or(Refusal::Namespace(namespace.len()))?;
     let sampling = submit.sampling.ok_or(Refusal::Missing("sampling"))?;
     let stopping = submit.stopping.ok_or(Refusal::Missing("stopping"))?;
     let scoring = submit.scoring.unwrap_or_default();
@@ -200,10 +199,7 @@ mod tests {
     #[test]
     fn logit_bias_comes_sorted() {
         let request = request(submit(), 1, &IDENTITY, Instant::now()).unwrap();
-        assert_eq!(
-            request.sampling.logit_bias,
-            [(2, -1.0), (5, 0.5), (9, 1.0)]
-        );
+        assert_eq!(request.sampling.logit_bias, [(2, -1.0), (5, 0.5), (9, 1.0)]);
     }
 
     #[test]

@@ -161,7 +161,7 @@ async fn a_worker_that_falls_silent_is_lost() {
         assert_eq!(mock.submitted().await.attempt, 0);
         // It answers pings, but makes no step.
         assert_eq!(mock.submitted().await.attempt, 1);
-        mock.step(TEXT.len() + 1);
+        mock.step(2 * TEXT.len());
     };
     let (answer, ()) = tokio::join!(answer, hang);
     assert_eq!(content(&answer), TEXT);

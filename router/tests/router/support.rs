@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use futures::StreamExt;
 use serde_json::{Value, json};
 use shoal_fabric::shutdown::Shutdown;
 use shoal_proto::inference::inference_client::InferenceClient;
@@ -221,9 +220,4 @@ pub(crate) fn joined(chunks: &[Value], index: u64) -> String {
     let choices = chunks.iter().flat_map(|chunk| chunk["choices"].as_array().unwrap());
     let own = choices.filter(|choice| choice["index"] == index);
     own.filter_map(|c| c["delta"]["content"].as_str().or(c["text"].as_str())).collect()
-}
-
-/// The first news of a stream.
-pub(crate) async fn first<T>(mut stream: impl futures::Stream<Item = T> + Unpin) -> T {
-    stream.next().await.unwrap()
 }

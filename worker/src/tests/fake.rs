@@ -45,7 +45,12 @@ impl Control {
 
     fn pass(&self) {
         let closed = self.gate.closed.lock().unwrap();
-        drop(self.gate.change.wait_while(closed, |closed| *closed).unwrap());
+        drop(
+            self.gate
+                .change
+                .wait_while(closed, |closed| *closed)
+                .unwrap(),
+        );
         assert!(!*self.panic.lock().unwrap(), "the backend panics, as asked");
     }
 }

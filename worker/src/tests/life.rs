@@ -17,13 +17,17 @@ async fn it_answers_while_it_loads() {
     let (finish, finished) = mpsc::channel();
     let control = Control::default();
     let backend = FakeBackend::new(control.clone());
-    let rig = Rig::loading(|_| {}, control, move |_| {
-        finished.recv().unwrap();
-        Ok(Loaded {
-            backend: Box::new(backend),
-            tokenizer: tokenizer(),
-        })
-    })
+    let rig = Rig::loading(
+        |_| {},
+        control,
+        move |_| {
+            finished.recv().unwrap();
+            Ok(Loaded {
+                backend: Box::new(backend),
+                tokenizer: tokenizer(),
+            })
+        },
+    )
     .await;
     assert_eq!(rig.get("/live").await.0, 200);
     assert_eq!(rig.get("/ready").await, (503, "starting\n".into()));
@@ -88,12 +92,16 @@ async fn a_model_that_cannot_run_ends_the_worker() {
     let control = Control::default();
     control.panic();
     let backend = FakeBackend::new(control.clone());
-    let rig = Rig::loading(|_| {}, control, |_| {
-        Ok(Loaded {
-            backend: Box::new(backend),
-            tokenizer: tokenizer(),
-        })
-    })
+    let rig = Rig::loading(
+        |_| {},
+        control,
+        |_| {
+            Ok(Loaded {
+                backend: Box::new(backend),
+                tokenizer: tokenizer(),
+            })
+        },
+    )
     .await;
     let error = in_time(rig.task).await.unwrap().unwrap_err();
     assert!(matches!(error, WorkerError::FirstRun { .. }), "{error}");

@@ -5,5 +5,5 @@
 mod fake;
 mod life;
 mod rig;
-mod session;
 mod service;
+mod session;

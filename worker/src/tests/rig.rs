@@ -185,10 +185,7 @@ impl Session {
     }
 
     /// The next frame that `pick` wants.
-    pub(crate) async fn next<T>(
-        &mut self,
-        pick: impl Fn(worker_frame::Frame) -> Option<T>,
-    ) -> T {
+    pub(crate) async fn next<T>(&mut self, pick: impl Fn(worker_frame::Frame) -> Option<T>) -> T {
         loop {
             let frame = self.frame().await.unwrap().expect("the stream goes on");
             if let Some(picked) = pick(frame) {

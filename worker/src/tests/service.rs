@@ -75,7 +75,9 @@ async fn the_tokenizer_comes_in_pieces_by_its_hash() {
     let decoded: TokenizerBundle = prost::Message::decode(bundle.as_slice()).unwrap();
     assert_eq!(decoded, tokenizer());
 
-    let other = FetchTokenizerRequest { sha256: vec![0; 32] };
+    let other = FetchTokenizerRequest {
+        sha256: vec![0; 32],
+    };
     let status = client.fetch_tokenizer(other).await.err().unwrap();
     assert_eq!(status.code(), Code::NotFound);
 }
@@ -109,7 +111,10 @@ async fn draining_lets_the_running_finish_and_takes_no_more() {
 
     session.submit(submit(2, &[1], 30)).await;
     let rejected = session.rejected().await;
-    assert_eq!((rejected.sequence, rejected.reason()), (2, RejectReason::Draining));
+    assert_eq!(
+        (rejected.sequence, rejected.reason()),
+        (2, RejectReason::Draining)
+    );
     rig.control.release();
     let (tokens, last) = session.answer(1).await;
     assert_eq!((tokens, last.finish()), (answer(&[1], 30), Finish::Length));

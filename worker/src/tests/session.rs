@@ -77,7 +77,9 @@ async fn a_ping_is_answered_with_the_engine_s_steps() {
     let mut session = rig.session().await;
     session.submit(submit(1, &[1], 5)).await;
     session.answer(1).await;
-    session.send(router_frame::Frame::Ping(Ping { nonce: 77 })).await;
+    session
+        .send(router_frame::Frame::Ping(Ping { nonce: 77 }))
+        .await;
     let pong = session.next(|frame| match frame {
         worker_frame::Frame::Pong(pong) => Some(pong),
         _ => None,
@@ -99,7 +101,9 @@ async fn a_cancelled_sequence_ends() {
     rig.control.hold();
     session.send(router_frame::Frame::Cancel(cancel)).await;
     // Answered after the cancellation, which came before it.
-    session.send(router_frame::Frame::Ping(Ping { nonce: 1 })).await;
+    session
+        .send(router_frame::Frame::Ping(Ping { nonce: 1 }))
+        .await;
     session
         .next(|frame| matches!(frame, worker_frame::Frame::Pong(_)).then_some(()))
         .await;
@@ -112,7 +116,8 @@ async fn a_cancelled_sequence_ends() {
             break;
         }
     }
-    rig.until_metrics(&["shoal_engine_running_sequences 0"]).await;
+    rig.until_metrics(&["shoal_engine_running_sequences 0"])
+        .await;
 }
 
 #[tokio::test]
@@ -181,7 +186,9 @@ async fn a_thousand_vanishing_sessions_leave_nothing() {
     let mut client = rig.client();
     for round in 0..1000u32 {
         let mut session = Session::open(&mut client).await;
-        session.submit(submit(1, &[1 + round % 9; 40], CONTEXT as u32)).await;
+        session
+            .submit(submit(1, &[1 + round % 9; 40], CONTEXT as u32))
+            .await;
         if round.is_multiple_of(3) {
             session.outputs().await;
         }
@@ -210,7 +217,10 @@ async fn a_reader_that_stalls_does_not_stall_another() {
     let mut unfinished = 16;
     while unfinished > 0 {
         let outputs = stalled.outputs().await;
-        unfinished -= outputs.iter().filter(|o| o.finish() == Finish::Length).count();
+        unfinished -= outputs
+            .iter()
+            .filter(|o| o.finish() == Finish::Length)
+            .count();
     }
 }
 
@@ -226,7 +236,8 @@ async fn a_session_that_is_never_read_is_closed() {
         });
         session.submit(scored).await;
     }
-    rig.until_metrics(&["shoal_engine_running_sequences 0"]).await;
+    rig.until_metrics(&["shoal_engine_running_sequences 0"])
+        .await;
     let status = loop {
         match session.frame().await {
             Ok(frame) => assert!(frame.is_some(), "the stream ends with a status"),

@@ -355,7 +355,7 @@ fn join(parts: Vec<Part>, index: usize) -> Result<String, RequestError> {
         let param = |field: &str| format!("messages[{index}].content[{i}].{field}");
         if part.r#type != "text" {
             return Err(RequestError::Unsupported {
-                param: param(&format!("type {:?}", part.r#type)).into(),
+                param: param("type").into(),
             });
         }
         let Some(piece) = part.text else {
