@@ -123,7 +123,9 @@ pub(crate) fn inspect(path: &Path, details: Details) -> Result<Inspection, GgufE
         },
         metadata: details.metadata.then(|| {
             let entries = gguf.entries();
-            entries.map(|(key, value)| (key.to_owned(), plain(value))).collect()
+            entries
+                .map(|(key, value)| (key.to_owned(), plain(value)))
+                .collect()
         }),
         tensors: details.tensors.then(|| {
             let tensors = gguf.tensors().map(|tensor| Tensor {
@@ -232,22 +234,33 @@ fn line(text: &str) -> String {
 impl fmt::Display for Inspection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let or_dash = |value: Option<u64>| value.map_or("-".to_owned(), |n| n.to_string());
-        let bytes = |value: Option<u64>| {
-            value.map_or("-".to_owned(), |n| HumanBytes(n).to_string())
-        };
+        let bytes =
+            |value: Option<u64>| value.map_or("-".to_owned(), |n| HumanBytes(n).to_string());
         let shape = &self.shape;
         let row = |f: &mut fmt::Formatter<'_>, name: &str, value: String| {
             writeln!(f, "{name:<18}{value}")
         };
-        row(f, "name", self.name.clone().unwrap_or_else(|| "-".to_owned()))?;
+        row(
+            f,
+            "name",
+            self.name.clone().unwrap_or_else(|| "-".to_owned()),
+        )?;
         row(f, "architecture", self.architecture.clone())?;
         row(f, "format", format!("GGUF version {}", self.gguf_version))?;
-        row(f, "parameters", format!("{:.1} million", self.parameters as f64 / 1e6))?;
+        row(
+            f,
+            "parameters",
+            format!("{:.1} million", self.parameters as f64 / 1e6),
+        )?;
         row(f, "layers", or_dash(shape.layers))?;
         row(f, "width", or_dash(shape.width))?;
         let heads = [shape.heads, shape.kv_heads, shape.head_width].map(or_dash);
         let [heads, kv_heads, head_width] = heads;
-        row(f, "heads", format!("{heads} (KV {kv_heads}), {head_width} wide"))?;
+        row(
+            f,
+            "heads",
+            format!("{heads} (KV {kv_heads}), {head_width} wide"),
+        )?;
         row(f, "feed-forward", or_dash(shape.feed_forward))?;
         row(f, "vocabulary", or_dash(shape.vocabulary))?;
         row(f, "context", or_dash(shape.context))?;
@@ -255,20 +268,33 @@ impl fmt::Display for Inspection {
         let kind = tokenizer.kind.as_deref().unwrap_or("-");
         let pre = tokenizer.pre.as_deref().unwrap_or("default");
         row(f, "tokenizer", format!("{kind}, pre-tokenizer {pre}"))?;
-        let template = tokenizer.chat_template.as_deref().map_or("-".to_owned(), line);
+        let template = tokenizer
+            .chat_template
+            .as_deref()
+            .map_or("-".to_owned(), line);
         row(f, "chat template", template)?;
         row(f, "weights", bytes(Some(self.memory.weights_bytes)))?;
         row(f, "KV per token", bytes(self.memory.kv_bytes_per_token))?;
         row(f, "KV per context", bytes(self.memory.kv_bytes_per_context))?;
-        writeln!(f, "\n{:<8}{:>8}{:>16}{:>14}", "type", "tensors", "parameters", "bytes")?;
+        writeln!(
+            f,
+            "\n{:<8}{:>8}{:>16}{:>14}",
+            "type", "tensors", "parameters", "bytes"
+        )?;
         for (ty, share) in &self.quantization {
             let size = HumanBytes(share.bytes).to_string();
-            writeln!(f, "{ty:<8}{:>8}{:>16}{size:>14}", share.tensors, share.parameters)?;
+            writeln!(
+                f,
+                "{ty:<8}{:>8}{:>16}{size:>14}",
+                share.tensors, share.parameters
+            )?;
         }
         if let Some(metadata) = &self.metadata {
             writeln!(f)?;
             for (key, value) in metadata {
-                let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                let value = value
+                    .as_str()
+                    .map_or_else(|| value.to_string(), str::to_owned);
                 writeln!(f, "{key} = {}", line(&value))?;
             }
         }
@@ -276,8 +302,17 @@ impl fmt::Display for Inspection {
             writeln!(f)?;
             let width = tensors.iter().map(|t| t.name.len()).max().unwrap_or(0);
             for tensor in tensors {
-                let Tensor { name, ty, shape, bytes } = tensor;
-                writeln!(f, "{name:width$}  {ty:<6} {:<16} {bytes:>12}", format!("{shape:?}"))?;
+                let Tensor {
+                    name,
+                    ty,
+                    shape,
+                    bytes,
+                } = tensor;
+                writeln!(
+                    f,
+                    "{name:width$}  {ty:<6} {:<16} {bytes:>12}",
+                    format!("{shape:?}")
+                )?;
             }
         }
         Ok(())

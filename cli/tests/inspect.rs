@@ -10,8 +10,8 @@ use support::shoal;
 /// Writes a model of two tensors.
 fn write(path: &Path) {
     let mut writer = GgufWriter::new();
-    writer.metadata("general.architecture", "llama");
-    writer.metadata("general.name", "Tiny");
+    writer.metadata("general.architecture", "llama").unwrap();
+    writer.metadata("general.name", "Tiny").unwrap();
     for (key, value) in [
         ("block_count", 2u32),
         ("embedding_length", 64),
@@ -23,9 +23,13 @@ fn write(path: &Path) {
     }
     let weights: Vec<f32> = (0..64 * 32).map(|n| n as f32 / 100.0).collect();
     let quantized = shoal_gguf::quantize(GgmlType::Q8_0, &weights);
-    writer.tensor("token_embd.weight", GgmlType::Q8_0, &[32, 64], quantized).unwrap();
+    writer
+        .tensor("token_embd.weight", GgmlType::Q8_0, &[32, 64], quantized)
+        .unwrap();
     let norm = shoal_gguf::quantize(GgmlType::F32, &weights[..64]);
-    writer.tensor("output_norm.weight", GgmlType::F32, &[64], norm).unwrap();
+    writer
+        .tensor("output_norm.weight", GgmlType::F32, &[64], norm)
+        .unwrap();
     std::fs::write(path, writer.to_bytes()).unwrap();
 }
 
@@ -35,7 +39,18 @@ async fn a_model_is_described() {
     let path = dir.path().join("tiny.gguf");
     write(&path);
     let path = path.to_str().unwrap();
-    let ran = shoal(&["model", "inspect", path, "--json", "--tensors", "--metadata"], "").await;
+    let ran = shoal(
+        &[
+            "model",
+            "inspect",
+            path,
+            "--json",
+            "--tensors",
+            "--metadata",
+        ],
+        "",
+    )
+    .await;
     assert_eq!(ran.code, Some(0), "{ran:?}");
     let found: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!(found["architecture"], "llama");

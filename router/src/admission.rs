@@ -124,10 +124,7 @@ impl Admission {
     }
 
     /// Takes a place in the queue, or refuses at once.
-    pub(crate) fn enter(
-        self: &Arc<Self>,
-        throughput: Throughput,
-    ) -> Result<Ticket, RequestError> {
+    pub(crate) fn enter(self: &Arc<Self>, throughput: Throughput) -> Result<Ticket, RequestError> {
         let mut state = self.lock();
         let free = self.limits.max_running.saturating_sub(state.running);
         if state.entered >= self.limits.max_waiting.saturating_add(free) {

@@ -64,14 +64,15 @@ impl Answer {
     ) -> Result<Self, RequestError> {
         let metrics = dispatch.metrics.model(job.model.name.clone());
         let prompt_tokens = job.prompt.len() as u32;
-        metrics.queue_time.observe(job.arrival.at.elapsed().as_secs_f64());
+        metrics
+            .queue_time
+            .observe(job.arrival.at.elapsed().as_secs_f64());
         metrics.prompt_tokens.inc_by(prompt_tokens.into());
         tenant.charge(prompt_tokens);
         let open = job.choices;
         let mut choices = SelectAll::new();
         for (choice, permit) in (0..).zip(permits) {
-            let generation =
-                Generation::new(dispatch.clone(), job.clone(), choice, work, permit);
+            let generation = Generation::new(dispatch.clone(), job.clone(), choice, work, permit);
             choices.push(grow(choice, generation, Output::new(&job)?).boxed());
         }
         let mut answer = Self {
@@ -211,7 +212,9 @@ impl Drop for Meter {
         self.metrics.output_tokens.inc_by(tokens.into());
         if self.done {
             self.metrics.end_to_end.observe(time);
-            self.metrics.cached_tokens.inc_by(self.usage.cached_tokens.into());
+            self.metrics
+                .cached_tokens
+                .inc_by(self.usage.cached_tokens.into());
             self.dispatch.admission.learn(tokens / self.job.choices);
         } else {
             self.metrics.abandoned.inc();

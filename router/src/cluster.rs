@@ -10,11 +10,7 @@ use std::{
 };
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use shoal_fabric::{
-    membership::Membership,
-    net::ClientConfig,
-    shutdown::Shutdown,
-};
+use shoal_fabric::{membership::Membership, net::ClientConfig, shutdown::Shutdown};
 use shoal_proto::worker::{Load, WorkerState};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -150,7 +146,10 @@ impl Cluster {
                     let link = link::keep(cluster, worker, endpoint.clone(), config.clone());
                     tasks.spawn(gone.run_until_cancelled_owned(link));
                 }
-                for worker in old.iter().filter(|w| !new.iter().any(|n| Arc::ptr_eq(n, w))) {
+                for worker in old
+                    .iter()
+                    .filter(|w| !new.iter().any(|n| Arc::ptr_eq(n, w)))
+                {
                     worker.gone.cancel();
                 }
                 follower.workers.store(Arc::new(new));
@@ -225,7 +224,10 @@ impl Cluster {
         match (name, models.as_slice()) {
             (_, []) => Err(RequestError::NoWorker),
             ("", [model]) => Ok(model.clone()),
-            ("", _) => Err(RequestError::invalid("model", "model is required: several are served")),
+            ("", _) => Err(RequestError::invalid(
+                "model",
+                "model is required: several are served",
+            )),
             (name, models) => {
                 let model = models.iter().find(|m| *m.name == *name);
                 model.cloned().ok_or_else(|| RequestError::ModelNotFound {

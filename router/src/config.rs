@@ -88,14 +88,26 @@ impl TryFrom<RouterArgs> for RouterConfig {
         };
         check(!args.workers.is_empty(), "workers", "at least one")?;
         check(args.max_running > 0, "max_running", "at least 1")?;
-        check(args.max_body_bytes >= 1024, "max_body_bytes", "at least 1024")?;
-        check(args.default_max_tokens != Some(0), "default_max_tokens", "at least 1")?;
+        check(
+            args.max_body_bytes >= 1024,
+            "max_body_bytes",
+            "at least 1024",
+        )?;
+        check(
+            args.default_max_tokens != Some(0),
+            "default_max_tokens",
+            "at least 1",
+        )?;
         for (setting, time) in [
             ("request_timeout", args.request_timeout),
             ("worker_silence", args.worker_silence),
             ("worker_stall", args.worker_stall),
         ] {
-            check(time >= Duration::from_millis(100), setting, "at least 100 ms")?;
+            check(
+                time >= Duration::from_millis(100),
+                setting,
+                "at least 100 ms",
+            )?;
         }
         let workers: Result<Vec<Endpoint>, _> = args.workers.iter().map(|w| w.parse()).collect();
         Ok(Self {
@@ -147,12 +159,48 @@ mod tests {
     #[test]
     fn settings_are_checked() {
         for (bad, name) in [
-            (RouterArgs { max_running: 0, ..args() }, "max_running"),
-            (RouterArgs { max_body_bytes: 10, ..args() }, "max_body_bytes"),
-            (RouterArgs { default_max_tokens: Some(0), ..args() }, "default_max_tokens"),
-            (RouterArgs { worker_stall: Duration::ZERO, ..args() }, "worker_stall"),
-            (RouterArgs { workers: vec!["nowhere".into()], ..args() }, "workers"),
-            (RouterArgs { api_keys: Some("/does/not/exist".into()), ..args() }, "/does/not/exist"),
+            (
+                RouterArgs {
+                    max_running: 0,
+                    ..args()
+                },
+                "max_running",
+            ),
+            (
+                RouterArgs {
+                    max_body_bytes: 10,
+                    ..args()
+                },
+                "max_body_bytes",
+            ),
+            (
+                RouterArgs {
+                    default_max_tokens: Some(0),
+                    ..args()
+                },
+                "default_max_tokens",
+            ),
+            (
+                RouterArgs {
+                    worker_stall: Duration::ZERO,
+                    ..args()
+                },
+                "worker_stall",
+            ),
+            (
+                RouterArgs {
+                    workers: vec!["nowhere".into()],
+                    ..args()
+                },
+                "workers",
+            ),
+            (
+                RouterArgs {
+                    api_keys: Some("/does/not/exist".into()),
+                    ..args()
+                },
+                "/does/not/exist",
+            ),
         ] {
             let error = RouterConfig::try_from(bad).unwrap_err();
             assert!(error.to_string().contains(name), "{error}");

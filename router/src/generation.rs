@@ -14,9 +14,7 @@ use std::{
 };
 
 use shoal_core::TokenId;
-use shoal_proto::worker::{
-    Finish, Logprob, RejectReason, SequenceOutput, SequenceUsage, Submit,
-};
+use shoal_proto::worker::{Finish, Logprob, RejectReason, SequenceOutput, SequenceUsage, Submit};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::{
@@ -306,7 +304,10 @@ impl Generation {
 
     fn submission(&self, place: &Place) -> Submit {
         let (job, description) = (&self.job, &place.connected.model.description);
-        let left = job.arrival.deadline.saturating_duration_since(Instant::now());
+        let left = job
+            .arrival
+            .deadline
+            .saturating_duration_since(Instant::now());
         let mut scoring = job.scoring;
         if self.prompt_scored {
             scoring.prompt_top = None;

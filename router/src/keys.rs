@@ -102,7 +102,10 @@ impl ApiKeys {
         let mut tenants = HashMap::new();
         for raw in file.tenants {
             let name = raw.name.clone();
-            if tenants.insert(name.clone(), Arc::new(Tenant::from(raw))).is_some() {
+            if tenants
+                .insert(name.clone(), Arc::new(Tenant::from(raw)))
+                .is_some()
+            {
                 return Err(problem(format!("tenant {name:?} stands there twice")));
             }
         }
@@ -138,7 +141,10 @@ fn parse_hash(hex: &str) -> Option<[u8; 32]> {
         .chars()
         .map(|c| c.to_digit(16).map(|d| d as u8))
         .collect();
-    let bytes: Vec<u8> = digits?.chunks(2).map(|d| d[0] << 4 | d.get(1).unwrap_or(&0)).collect();
+    let bytes: Vec<u8> = digits?
+        .chunks(2)
+        .map(|d| d[0] << 4 | d.get(1).unwrap_or(&0))
+        .collect();
     (hex.len() == 64).then(|| bytes.try_into().ok()).flatten()
 }
 
@@ -320,9 +326,15 @@ mod tests {
     async fn mistakes_in_the_file_are_named() {
         let key = format!("[[keys]]\nsha256 = \"{SECRET}\"\ntenant = \"a\"\n");
         for (text, problem) in [
-            ("[[keys]]\nsha256 = \"ab\"\ntenant = \"a\"\n".to_owned(), "no SHA-256"),
+            (
+                "[[keys]]\nsha256 = \"ab\"\ntenant = \"a\"\n".to_owned(),
+                "no SHA-256",
+            ),
             (format!("{key}{key}"), "twice"),
-            (format!("[[tenants]]\nname=\"a\"\n[[tenants]]\nname=\"a\"\n{key}"), "twice"),
+            (
+                format!("[[tenants]]\nname=\"a\"\n[[tenants]]\nname=\"a\"\n{key}"),
+                "twice",
+            ),
         ] {
             let error = parse(&text).unwrap_err();
             assert!(error.to_string().contains(problem), "{error}");

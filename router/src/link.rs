@@ -129,7 +129,8 @@ impl Link {
         );
         let connected = Arc::new(Connected::new(model, session.0.clone()));
         self.cluster.connect(&self.worker, connected.clone());
-        self.read(&connected, frames.into_inner(), ping_interval).await
+        self.read(&connected, frames.into_inner(), ping_interval)
+            .await
     }
 
     async fn text(

@@ -5,9 +5,7 @@ use std::sync::{Arc, Weak};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
-    metrics::{
-        counter::Counter, family::Family, gauge::ConstGauge, histogram::Histogram,
-    },
+    metrics::{counter::Counter, family::Family, gauge::ConstGauge, histogram::Histogram},
 };
 use shoal_fabric::metrics::{Registry, latency_histogram, step_histogram};
 
@@ -90,7 +88,11 @@ impl Metrics {
                 "Sequences given to another worker, or to the same one again",
                 m.resubmissions,
             );
-            r.register("rejects", "Requests refused or failed, by reason", m.rejects);
+            r.register(
+                "rejects",
+                "Requests refused or failed, by reason",
+                m.rejects,
+            );
             r.register(
                 "time_to_first_token_seconds",
                 "From the request's arrival to its first output token",
@@ -111,7 +113,11 @@ impl Metrics {
                 "From the request's arrival to its admission",
                 m.queue_time,
             );
-            r.register("prompt_tokens", "Prompt tokens of admitted requests", m.prompt_tokens);
+            r.register(
+                "prompt_tokens",
+                "Prompt tokens of admitted requests",
+                m.prompt_tokens,
+            );
             r.register(
                 "cached_prompt_tokens",
                 "Prompt tokens that a worker found in its prefix cache",
@@ -162,8 +168,16 @@ impl Collector for StateCollector {
             return Ok(());
         };
         for (name, help, value) in [
-            ("requests_running", "Sequences at the workers", admission.running()),
-            ("requests_waiting", "Requests that wait for admission", admission.waiting()),
+            (
+                "requests_running",
+                "Sequences at the workers",
+                admission.running(),
+            ),
+            (
+                "requests_waiting",
+                "Requests that wait for admission",
+                admission.waiting(),
+            ),
         ] {
             let gauge = ConstGauge::new(i64::from(value));
             gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
@@ -181,8 +195,12 @@ impl Collector for StateCollector {
             }
             Ok(())
         };
-        family("worker_up", "A session to the worker is open", |w| w.up.into())?;
-        family("worker_ready", "The worker takes sequences", |w| w.ready.into())?;
+        family("worker_up", "A session to the worker is open", |w| {
+            w.up.into()
+        })?;
+        family("worker_ready", "The worker takes sequences", |w| {
+            w.ready.into()
+        })?;
         family("worker_sequences", "Sequences placed on the worker", |w| {
             w.sequences.into()
         })

@@ -9,7 +9,13 @@ use shoal_proto::{
 };
 use shoal_text::{Detokenizer, StopMatcher};
 
-use crate::{answer::Growth, error::RequestError, generation::Tokens, model::Model, request::{Job, stop_matcher}};
+use crate::{
+    answer::Growth,
+    error::RequestError,
+    generation::Tokens,
+    model::Model,
+    request::{Job, stop_matcher},
+};
 
 /// A token that waits for its text: the stop strings may still take it back.
 #[derive(Debug)]

@@ -134,7 +134,9 @@ pub(crate) fn stop_matcher(stops: &[String]) -> Result<Option<StopMatcher>, Requ
         return Ok(None);
     }
     let matcher = StopMatcher::new(stops.to_vec());
-    matcher.map(Some).map_err(|error| RequestError::invalid("stop", error.to_string()))
+    matcher
+        .map(Some)
+        .map_err(|error| RequestError::invalid("stop", error.to_string()))
 }
 
 /// A seed for a request that brings none.
@@ -154,7 +156,9 @@ fn sampling(asked: api::Sampling, seed: u64) -> Sampling {
         min_p: asked.min_p.unwrap_or(default.min_p),
         presence_penalty: asked.presence_penalty.unwrap_or(default.presence_penalty),
         frequency_penalty: asked.frequency_penalty.unwrap_or(default.frequency_penalty),
-        repetition_penalty: asked.repetition_penalty.unwrap_or(default.repetition_penalty),
+        repetition_penalty: asked
+            .repetition_penalty
+            .unwrap_or(default.repetition_penalty),
         logit_bias,
         seed,
         choice: 0,
@@ -196,7 +200,10 @@ fn stopping(
 ) -> Result<Stopping, RequestError> {
     let context = model.context();
     let room = context.saturating_sub(prompt.len() as u32);
-    let max_tokens = asked.max_tokens.or(default_max_tokens).unwrap_or(room.max(1));
+    let max_tokens = asked
+        .max_tokens
+        .or(default_max_tokens)
+        .unwrap_or(room.max(1));
     let too_long = RequestError::ContextLength {
         tokens: prompt.len(),
         limit: context,
@@ -281,7 +288,10 @@ fn to_tokens(
 
 fn render(chat: api::ChatPrompt, text: &TextModel) -> Result<String, RequestError> {
     if chat.messages.is_empty() {
-        return Err(RequestError::invalid("messages", "messages must not be empty"));
+        return Err(RequestError::invalid(
+            "messages",
+            "messages must not be empty",
+        ));
     }
     let messages: Vec<Message> = chat
         .messages
@@ -292,5 +302,7 @@ fn render(chat: api::ChatPrompt, text: &TextModel) -> Result<String, RequestErro
             name: Some(m.name).filter(|name| !name.is_empty()),
         })
         .collect();
-    Ok(text.template()?.render(&messages, chat.add_generation_prompt.unwrap_or(true))?)
+    Ok(text
+        .template()?
+        .render(&messages, chat.add_generation_prompt.unwrap_or(true))?)
 }

@@ -108,7 +108,10 @@ async fn report(service: Arc<Service>, reporter: HealthReporter) {
         };
         reporter.set_service_status("", status).await;
         reporter
-            .set_service_status(<InferenceServer<Grpc> as tonic::server::NamedService>::NAME, status)
+            .set_service_status(
+                <InferenceServer<Grpc> as tonic::server::NamedService>::NAME,
+                status,
+            )
             .await;
         if service.shutdown.is_started() {
             return;

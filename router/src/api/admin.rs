@@ -12,12 +12,7 @@ use serde_json::{Value, json};
 use shoal_text::EncodeOptions;
 
 use super::{body::JsonBody, context::Authorized};
-use crate::{
-    error::RequestError,
-    model::Model,
-    request::off_thread,
-    service::Service,
-};
+use crate::{error::RequestError, model::Model, request::off_thread, service::Service};
 
 /// `GET /v1/models`
 pub(super) async fn models(State(service): State<Arc<Service>>, _: Authorized) -> Json<Value> {
@@ -94,7 +89,10 @@ pub(super) async fn encode(
     options: EncodeOptions,
 ) -> Result<Vec<u32>, RequestError> {
     let text = service.cluster.model(model)?.text.clone();
-    off_thread(content.len(), move || Ok(text.tokenizer.encode(&content, options)?)).await
+    off_thread(content.len(), move || {
+        Ok(text.tokenizer.encode(&content, options)?)
+    })
+    .await
 }
 
 #[derive(Debug, Deserialize)]
@@ -144,7 +142,10 @@ pub(super) async fn ready(State(service): State<Arc<Service>>) -> (StatusCode, J
     } else {
         "no worker is ready"
     };
-    (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": status})))
+    (
+        StatusCode::SERVICE_UNAVAILABLE,
+        Json(json!({"status": status})),
+    )
 }
 
 /// `GET /live`: the process answers.

@@ -69,7 +69,11 @@ fn invalid(error: &serde_json::Error, path: &str) -> RequestError {
     let wrong_type = error.classify() == Category::Data;
     let param = (wrong_type && path != ".").then(|| path.to_owned());
     RequestError::Invalid {
-        code: if wrong_type { "invalid_type" } else { "invalid_json" },
+        code: if wrong_type {
+            "invalid_type"
+        } else {
+            "invalid_json"
+        },
         message: match &param {
             Some(param) => format!("{param}: {error}").into(),
             None => format!("the body is not valid: {error}").into(),

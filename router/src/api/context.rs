@@ -13,12 +13,8 @@ use tokio::time::Instant;
 use tracing::{Instrument, Span, field::Empty, info_span};
 
 use crate::{
-    api::error::Reason,
-    error::RequestError,
-    keys::Caller,
-    metrics::RequestLabels,
-    request::Arrival,
-    service::Service,
+    api::error::Reason, error::RequestError, keys::Caller, metrics::RequestLabels,
+    request::Arrival, service::Service,
 };
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -66,10 +62,7 @@ pub(super) struct Authorized(pub(super) Context);
 impl FromRequestParts<Arc<Service>> for Authorized {
     type Rejection = RequestError;
 
-    async fn from_request_parts(
-        parts: &mut Parts,
-        _: &Arc<Service>,
-    ) -> Result<Self, RequestError> {
+    async fn from_request_parts(parts: &mut Parts, _: &Arc<Service>) -> Result<Self, RequestError> {
         let context = parts.extensions.remove::<Context>();
         let context = context.ok_or(RequestError::Unauthenticated)?;
         context.authorize()?;

@@ -171,7 +171,8 @@ impl Inference for Grpc {
         &self,
         mut request: Request<ListModelsRequest>,
     ) -> Result<Response<ListModelsResponse>, Status> {
-        self.context(&mut request).map_err(|error| self.status(error))?;
+        self.context(&mut request)
+            .map_err(|error| self.status(error))?;
         let models = self.0.cluster.models();
         let models = models.iter().map(|model| Model {
             id: model.name.to_string(),
@@ -214,11 +215,17 @@ mod tests {
     fn timeouts_parse() {
         let parse = |value: &str| {
             let value = value.parse().unwrap();
-            timeout(&HeaderMap::from_iter([("grpc-timeout".parse().unwrap(), value)]))
+            timeout(&HeaderMap::from_iter([(
+                "grpc-timeout".parse().unwrap(),
+                value,
+            )]))
         };
         assert_eq!(parse("5S"), Some(Duration::from_secs(5)));
         assert_eq!(parse("250m"), Some(Duration::from_millis(250)));
-        assert_eq!(parse("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        assert_eq!(
+            parse("99999999H"),
+            Some(Duration::from_secs(99_999_999 * 3600))
+        );
         for broken in ["", "S", "5", "5s", "-1S", "123456789S"] {
             assert_eq!(parse(broken), None, "{broken}");
         }

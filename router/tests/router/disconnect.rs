@@ -37,7 +37,10 @@ async fn a_client_that_leaves_before_the_answer_cancels_it() {
     let body = chat_body(json!({})).to_string();
     let address = router.base.strip_prefix("http://").unwrap();
     let mut client = TcpStream::connect(address).await.unwrap();
-    let head = format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+    let head = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
     client.write_all(head.as_bytes()).await.unwrap();
     client.write_all(body.as_bytes()).await.unwrap();
     mock.submitted().await;
@@ -60,7 +63,9 @@ async fn a_thousand_disconnects_leave_nothing_behind() {
     router.metric_becomes(&sequences, 0.0).await;
     router.metric_becomes("shoal_requests_running", 0.0).await;
     router.metric_becomes("shoal_requests_waiting", 0.0).await;
-    router.metric_becomes("shoal_requests_abandoned_total{model=\"mock\"}", 1000.0).await;
+    router
+        .metric_becomes("shoal_requests_abandoned_total{model=\"mock\"}", 1000.0)
+        .await;
     assert_eq!(content(&router.chat(json!({"max_tokens": 2})).await), "ee");
     router.stop().await;
 }
@@ -76,7 +81,10 @@ async fn a_client_that_does_not_read_stalls_nobody() {
         let fields = json!({"stream": true, "logprobs": true, "top_logprobs": 20, "n": 16});
         let body = chat_body(fields).to_string();
         let mut client = TcpStream::connect(address).await.unwrap();
-        let head = format!("POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
         client.write_all(head.as_bytes()).await.unwrap();
         client.write_all(body.as_bytes()).await.unwrap();
         sleepers.push(client);

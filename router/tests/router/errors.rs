@@ -30,53 +30,192 @@ async fn wrong_requests_are_400_and_name_the_parameter() {
     for ((path, body), code, param) in [
         ((CHAT, json!({})), "invalid_value", Some("messages")),
         ((TEXT, json!({})), "invalid_value", Some("prompt")),
-        (chat("messages", json!([])), "invalid_value", Some("messages")),
-        (chat("messages", json!("x")), "invalid_type", Some("messages")),
-        (chat("messages", json!([{"content": "x"}])), "invalid_type", Some("messages[0]")),
-        (chat("messages", json!([{"role": "user"}])), "invalid_value", Some("messages[0].content")),
-        (chat("messages", json!([{"role": "pope", "content": ""}])), "invalid_value", Some("messages[0].role")),
-        (chat("messages", json!([{"role": "user", "content": [{"type": "image_url"}]}])), "unsupported_parameter", Some("messages[0].content[0].type")),
-        (chat("messages", json!([{"role": "tool", "content": "x"}])), "unsupported_parameter", Some("messages[0].role")),
-        (chat("max_tokens", json!(0)), "invalid_value", Some("max_tokens")),
-        (chat("max_tokens", json!(-1)), "invalid_type", Some("max_tokens")),
-        (chat("max_tokens", json!("many")), "invalid_type", Some("max_tokens")),
-        (chat("temperature", json!(-0.1)), "invalid_value", Some("temperature")),
-        (chat("temperature", json!(1e39)), "invalid_value", Some("temperature")),
-        (chat("temperature", json!("hot")), "invalid_type", Some("temperature")),
+        (
+            chat("messages", json!([])),
+            "invalid_value",
+            Some("messages"),
+        ),
+        (
+            chat("messages", json!("x")),
+            "invalid_type",
+            Some("messages"),
+        ),
+        (
+            chat("messages", json!([{"content": "x"}])),
+            "invalid_type",
+            Some("messages[0]"),
+        ),
+        (
+            chat("messages", json!([{"role": "user"}])),
+            "invalid_value",
+            Some("messages[0].content"),
+        ),
+        (
+            chat("messages", json!([{"role": "pope", "content": ""}])),
+            "invalid_value",
+            Some("messages[0].role"),
+        ),
+        (
+            chat(
+                "messages",
+                json!([{"role": "user", "content": [{"type": "image_url"}]}]),
+            ),
+            "unsupported_parameter",
+            Some("messages[0].content[0].type"),
+        ),
+        (
+            chat("messages", json!([{"role": "tool", "content": "x"}])),
+            "unsupported_parameter",
+            Some("messages[0].role"),
+        ),
+        (
+            chat("max_tokens", json!(0)),
+            "invalid_value",
+            Some("max_tokens"),
+        ),
+        (
+            chat("max_tokens", json!(-1)),
+            "invalid_type",
+            Some("max_tokens"),
+        ),
+        (
+            chat("max_tokens", json!("many")),
+            "invalid_type",
+            Some("max_tokens"),
+        ),
+        (
+            chat("temperature", json!(-0.1)),
+            "invalid_value",
+            Some("temperature"),
+        ),
+        (
+            chat("temperature", json!(1e39)),
+            "invalid_value",
+            Some("temperature"),
+        ),
+        (
+            chat("temperature", json!("hot")),
+            "invalid_type",
+            Some("temperature"),
+        ),
         (chat("top_p", json!(0)), "invalid_value", Some("top_p")),
         (chat("min_p", json!(1.5)), "invalid_value", Some("min_p")),
-        (chat("presence_penalty", json!(3)), "invalid_value", Some("presence_penalty")),
-        (chat("frequency_penalty", json!(-3)), "invalid_value", Some("frequency_penalty")),
-        (chat("repetition_penalty", json!(0)), "invalid_value", Some("repetition_penalty")),
-        (chat("logit_bias", json!({"x": 1})), "invalid_value", Some("logit_bias")),
-        (chat("logit_bias", json!({"999": 1})), "invalid_value", Some("logit_bias")),
-        (chat("logit_bias", json!({"1": 101})), "invalid_value", Some("logit_bias")),
+        (
+            chat("presence_penalty", json!(3)),
+            "invalid_value",
+            Some("presence_penalty"),
+        ),
+        (
+            chat("frequency_penalty", json!(-3)),
+            "invalid_value",
+            Some("frequency_penalty"),
+        ),
+        (
+            chat("repetition_penalty", json!(0)),
+            "invalid_value",
+            Some("repetition_penalty"),
+        ),
+        (
+            chat("logit_bias", json!({"x": 1})),
+            "invalid_value",
+            Some("logit_bias"),
+        ),
+        (
+            chat("logit_bias", json!({"999": 1})),
+            "invalid_value",
+            Some("logit_bias"),
+        ),
+        (
+            chat("logit_bias", json!({"1": 101})),
+            "invalid_value",
+            Some("logit_bias"),
+        ),
         (chat("n", json!(0)), "invalid_value", Some("n")),
         (chat("n", json!(17)), "invalid_value", Some("n")),
         (chat("stop", json!(stops)), "invalid_value", Some("stop")),
         (chat("stop", json!("")), "invalid_value", Some("stop")),
         (chat("stop", json!(5)), "invalid_type", Some("stop")),
         (chat("seed", json!(1.5)), "invalid_value", Some("seed")),
-        (chat("min_tokens", json!(600)), "invalid_value", Some("min_tokens")),
-        (chat("top_logprobs", json!(2)), "invalid_value", Some("top_logprobs")),
-        (chat("logprobs", json!(2)), "invalid_value", Some("logprobs")),
-        (chat("stream_options", json!({"include_usage": true})), "invalid_value", Some("stream_options")),
-        (chat("tools", json!([{"type": "function"}])), "unsupported_parameter", Some("tools")),
-        (chat("response_format", json!({"type": "json_object"})), "unsupported_parameter", Some("response_format")),
-        (chat("priority", json!("urgent")), "invalid_type", Some("priority")),
-        (text("suffix", json!("x")), "unsupported_parameter", Some("suffix")),
-        (text("best_of", json!(2)), "unsupported_parameter", Some("best_of")),
-        (text("max_tokens", json!(0)), "invalid_value", Some("max_tokens")),
-        (text("logprobs", json!(21)), "invalid_value", Some("top_logprobs")),
+        (
+            chat("min_tokens", json!(600)),
+            "invalid_value",
+            Some("min_tokens"),
+        ),
+        (
+            chat("top_logprobs", json!(2)),
+            "invalid_value",
+            Some("top_logprobs"),
+        ),
+        (
+            chat("logprobs", json!(2)),
+            "invalid_value",
+            Some("logprobs"),
+        ),
+        (
+            chat("stream_options", json!({"include_usage": true})),
+            "invalid_value",
+            Some("stream_options"),
+        ),
+        (
+            chat("tools", json!([{"type": "function"}])),
+            "unsupported_parameter",
+            Some("tools"),
+        ),
+        (
+            chat("response_format", json!({"type": "json_object"})),
+            "unsupported_parameter",
+            Some("response_format"),
+        ),
+        (
+            chat("priority", json!("urgent")),
+            "invalid_type",
+            Some("priority"),
+        ),
+        (
+            text("suffix", json!("x")),
+            "unsupported_parameter",
+            Some("suffix"),
+        ),
+        (
+            text("best_of", json!(2)),
+            "unsupported_parameter",
+            Some("best_of"),
+        ),
+        (
+            text("max_tokens", json!(0)),
+            "invalid_value",
+            Some("max_tokens"),
+        ),
+        (
+            text("logprobs", json!(21)),
+            "invalid_value",
+            Some("top_logprobs"),
+        ),
         (text("prompt", json!("")), "invalid_value", Some("prompt")),
         (text("prompt", json!([])), "invalid_value", Some("prompt")),
-        (text("prompt", json!([[300]])), "invalid_value", Some("prompt")),
+        (
+            text("prompt", json!([[300]])),
+            "invalid_value",
+            Some("prompt"),
+        ),
         (text("prompt", json!(7)), "invalid_type", Some("prompt")),
-        (text("prompt", json!(long)), "context_length_exceeded", Some("prompt")),
-        (text("prompt", json!("y".repeat(600))), "context_length_exceeded", Some("prompt")),
+        (
+            text("prompt", json!(long)),
+            "context_length_exceeded",
+            Some("prompt"),
+        ),
+        (
+            text("prompt", json!("y".repeat(600))),
+            "context_length_exceeded",
+            Some("prompt"),
+        ),
     ] {
         let (status, error) = router.error(path, body.clone()).await;
-        assert_eq!((status, &error["code"]), (400, &json!(code)), "{body}: {error}");
+        assert_eq!(
+            (status, &error["code"]),
+            (400, &json!(code)),
+            "{body}: {error}"
+        );
         assert_eq!(error["param"].as_str(), param, "{body}: {error}");
         assert_eq!(error["type"], "invalid_request_error");
     }
@@ -96,13 +235,19 @@ async fn bodies_that_are_no_json() {
         (b"{\"user\": \"\xff\xfe\"}", "invalid_utf8"),
         (b"\x00", "invalid_json"),
     ] {
-        let request = router.http.post(format!("{}{CHAT}", router.base)).body(body.to_vec());
+        let request = router
+            .http
+            .post(format!("{}{CHAT}", router.base))
+            .body(body.to_vec());
         let (status, error) = error_of(request.send().await.unwrap()).await;
         assert_eq!((status, &error["code"]), (400, &json!(code)), "{body:?}");
     }
     // JSON nested deeper than any request.
     let deep = format!("{{\"x\": {}", "[".repeat(100_000));
-    let request = router.http.post(format!("{}{CHAT}", router.base)).body(deep);
+    let request = router
+        .http
+        .post(format!("{}{CHAT}", router.base))
+        .body(deep);
     assert_eq!(error_of(request.send().await.unwrap()).await.0, 400);
     assert_eq!(content(&router.chat(json!({})).await), "fine");
 }
@@ -113,11 +258,15 @@ async fn a_large_body_is_413() {
     let mut args = args(&[&mock]);
     args.max_body_bytes = 100_000;
     let router = Router::ready_with(args).await;
-    let content_of = |size: usize| json!({"messages": [{"role": "user", "content": "x".repeat(size)}]});
+    let content_of =
+        |size: usize| json!({"messages": [{"role": "user", "content": "x".repeat(size)}]});
     let (status, error) = router.error(CHAT, content_of(10_000_000)).await;
     assert_eq!((status, &error["code"]), (413, &json!("body_too_large")));
     let (status, error) = router.error(CHAT, content_of(90_000)).await;
-    assert_eq!((status, &error["code"]), (400, &json!("context_length_exceeded")));
+    assert_eq!(
+        (status, &error["code"]),
+        (400, &json!("context_length_exceeded"))
+    );
     assert_eq!(content(&router.chat(json!({})).await), "fine");
 }
 
@@ -125,14 +274,24 @@ async fn a_large_body_is_413() {
 async fn unknown_models_and_routes() {
     let mock = Mock::start(Script::answer("fine")).await;
     let router = Router::ready(&[&mock]).await;
-    let (status, error) = router.error(TEXT, json!({"model": "gpt-9", "prompt": "x"})).await;
+    let (status, error) = router
+        .error(TEXT, json!({"model": "gpt-9", "prompt": "x"}))
+        .await;
     assert_eq!((status, &error["code"]), (404, &json!("model_not_found")));
     assert_eq!(error["param"], "model");
     let (status, error) = router.error("/v1/nothing", json!({})).await;
     assert_eq!((status, &error["code"]), (404, &json!("unknown_url")));
-    let response = router.http.get(format!("{}{CHAT}", router.base)).send().await.unwrap();
+    let response = router
+        .http
+        .get(format!("{}{CHAT}", router.base))
+        .send()
+        .await
+        .unwrap();
     let (status, error) = error_of(response).await;
-    assert_eq!((status, &error["code"]), (405, &json!("method_not_allowed")));
+    assert_eq!(
+        (status, &error["code"]),
+        (405, &json!("method_not_allowed"))
+    );
 }
 
 #[tokio::test]
@@ -140,7 +299,10 @@ async fn a_template_that_refuses_is_400() {
     let mock = Mock::start(Script::answer("fine")).await;
     let router = Router::ready(&[&mock]).await;
     let mut grpc = router.grpc().await;
-    let status = grpc.generate(crate::grpc::chat("bad", "x")).await.unwrap_err();
+    let status = grpc
+        .generate(crate::grpc::chat("bad", "x"))
+        .await
+        .unwrap_err();
     assert_eq!(status.code(), tonic::Code::InvalidArgument);
     assert_eq!(status.message(), "bad role");
 }

@@ -44,8 +44,18 @@ async fn another_worker_takes_over() {
     let a = Mock::start(script.clone()).await;
     let b = Mock::start(script).await;
     let router = Router::ready(&[&a, &b]).await;
-    router.metric_becomes(&format!("shoal_worker_ready{{worker=\"{}\"}}", a.address), 1.0).await;
-    router.metric_becomes(&format!("shoal_worker_ready{{worker=\"{}\"}}", b.address), 1.0).await;
+    router
+        .metric_becomes(
+            &format!("shoal_worker_ready{{worker=\"{}\"}}", a.address),
+            1.0,
+        )
+        .await;
+    router
+        .metric_becomes(
+            &format!("shoal_worker_ready{{worker=\"{}\"}}", b.address),
+            1.0,
+        )
+        .await;
     let answer = router.chat(json!({})).await;
     assert_eq!(content(&answer), TEXT);
 }
@@ -74,7 +84,9 @@ async fn repeated_tokens_are_dropped() {
     let router = Router::ready(&[&mock]).await;
     let answer = router.chat(json!({"logprobs": true})).await;
     assert_eq!(content(&answer), TEXT);
-    let logprobs = answer["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    let logprobs = answer["choices"][0]["logprobs"]["content"]
+        .as_array()
+        .unwrap();
     assert_eq!(logprobs.len(), TEXT.len());
 }
 
@@ -126,7 +138,9 @@ async fn a_draining_worker_gets_nothing_new_and_finishes_its_own() {
     let (events, ()) = tokio::join!(router.stream(json!({})), begin);
     mock.set_state(WorkerState::Draining);
     router.becomes(ServingStatus::NotServing).await;
-    let (status, error) = router.error("/v1/completions", json!({"prompt": "x"})).await;
+    let (status, error) = router
+        .error("/v1/completions", json!({"prompt": "x"}))
+        .await;
     assert_eq!((status, &error["code"]), (503, &json!("no_ready_worker")));
     mock.step(2);
     assert_eq!(joined(&events.rest().await, 0), "ab");
@@ -134,7 +148,11 @@ async fn a_draining_worker_gets_nothing_new_and_finishes_its_own() {
 
 #[tokio::test]
 async fn a_refusing_worker_is_passed_over() {
-    for reason in [RejectReason::Draining, RejectReason::Overloaded, RejectReason::StaleEpoch] {
+    for reason in [
+        RejectReason::Draining,
+        RejectReason::Overloaded,
+        RejectReason::StaleEpoch,
+    ] {
         let mut a = Mock::start(Script::answer("from a worker that can")).await;
         let mut b = Mock::start(Script::answer("from a worker that can")).await;
         let router = Router::ready(&[&a, &b]).await;

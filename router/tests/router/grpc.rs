@@ -43,7 +43,10 @@ fn detail(status: &Status) -> ErrorDetail {
     let details = tonic_types::pb::Status::decode(status.details()).unwrap();
     assert_eq!(details.code, status.code() as i32);
     let any = &details.details[0];
-    assert_eq!(any.type_url, "type.googleapis.com/shoal.inference.v1.ErrorDetail");
+    assert_eq!(
+        any.type_url,
+        "type.googleapis.com/shoal.inference.v1.ErrorDetail"
+    );
     ErrorDetail::decode(any.value.as_slice()).unwrap()
 }
 
@@ -68,8 +71,17 @@ async fn whole_answers() {
         }),
         ..chat("user", "Hi")
     };
-    let response = router.grpc().await.generate(request).await.unwrap().into_inner();
-    assert_eq!((response.request_id.as_str(), response.model.as_str()), ("r1", MODEL));
+    let response = router
+        .grpc()
+        .await
+        .generate(request)
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(
+        (response.request_id.as_str(), response.model.as_str()),
+        ("r1", MODEL)
+    );
     assert_eq!(response.seed, u64::MAX);
     let choice = &response.choices[0];
     assert_eq!(choice.text, "grün ");
@@ -94,7 +106,13 @@ async fn streamed_answers() {
         }),
         ..text("p")
     };
-    let mut chunks = router.grpc().await.generate_stream(request).await.unwrap().into_inner();
+    let mut chunks = router
+        .grpc()
+        .await
+        .generate_stream(request)
+        .await
+        .unwrap()
+        .into_inner();
     let (mut texts, mut ends, mut usage) = ([String::new(), String::new()], 0, None);
     while let Some(chunk) = chunks.message().await.unwrap() {
         assert!(usage.is_none(), "usage comes last");
@@ -134,11 +152,36 @@ async fn errors_carry_a_typed_detail() {
         ..text("x")
     };
     for (request, code, reason, param) in [
-        (with_sampling(nan), Code::InvalidArgument, "invalid_value", "temperature"),
-        (with_sampling(many), Code::InvalidArgument, "invalid_value", "n"),
-        (GenerateRequest::default(), Code::InvalidArgument, "invalid_value", "prompt"),
-        (text(&"x".repeat(600)), Code::InvalidArgument, "context_length_exceeded", "prompt"),
-        (constrained, Code::Unimplemented, "unsupported_parameter", "constraint"),
+        (
+            with_sampling(nan),
+            Code::InvalidArgument,
+            "invalid_value",
+            "temperature",
+        ),
+        (
+            with_sampling(many),
+            Code::InvalidArgument,
+            "invalid_value",
+            "n",
+        ),
+        (
+            GenerateRequest::default(),
+            Code::InvalidArgument,
+            "invalid_value",
+            "prompt",
+        ),
+        (
+            text(&"x".repeat(600)),
+            Code::InvalidArgument,
+            "context_length_exceeded",
+            "prompt",
+        ),
+        (
+            constrained,
+            Code::Unimplemented,
+            "unsupported_parameter",
+            "constraint",
+        ),
         (elsewhere, Code::NotFound, "model_not_found", "model"),
     ] {
         let whole = grpc.generate(request.clone()).await.unwrap_err();
@@ -146,7 +189,10 @@ async fn errors_carry_a_typed_detail() {
         for status in [whole, streamed] {
             assert_eq!(status.code(), code, "{status}");
             let detail = detail(&status);
-            assert_eq!((detail.code.as_str(), detail.param.as_str()), (reason, param));
+            assert_eq!(
+                (detail.code.as_str(), detail.param.as_str()),
+                (reason, param)
+            );
         }
     }
 }
@@ -156,7 +202,9 @@ async fn a_grpc_timeout_is_the_deadline() {
     let mut mock = Mock::gated(Script::answer("never")).await;
     let router = Router::ready(&[&mock]).await;
     let mut request = tonic::Request::new(text("x"));
-    request.metadata_mut().insert("grpc-timeout", "200m".parse().unwrap());
+    request
+        .metadata_mut()
+        .insert("grpc-timeout", "200m".parse().unwrap());
     let status = router.grpc().await.generate(request).await.unwrap_err();
     assert_eq!(status.code(), Code::DeadlineExceeded);
     assert!((1..=200).contains(&mock.submitted().await.deadline_in_ms));
@@ -196,8 +244,16 @@ async fn text_tokens_and_models() {
         ids,
         ..DetokenizeRequest::default()
     };
-    assert_eq!(grpc.detokenize(request).await.unwrap().into_inner().text, "<bot>!");
-    let models = grpc.list_models(ListModelsRequest {}).await.unwrap().into_inner().models;
+    assert_eq!(
+        grpc.detokenize(request).await.unwrap().into_inner().text,
+        "<bot>!"
+    );
+    let models = grpc
+        .list_models(ListModelsRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .models;
     assert_eq!((models.len(), models[0].id.as_str()), (1, MODEL));
 }
 
@@ -211,8 +267,18 @@ async fn reflection_lists_the_services() {
         message_request: Some(MessageRequest::ListServices(String::new())),
     };
     let requests = futures::stream::iter([request]);
-    let mut answers = client.server_reflection_info(requests).await.unwrap().into_inner();
-    let answer = answers.message().await.unwrap().unwrap().message_response.unwrap();
+    let mut answers = client
+        .server_reflection_info(requests)
+        .await
+        .unwrap()
+        .into_inner();
+    let answer = answers
+        .message()
+        .await
+        .unwrap()
+        .unwrap()
+        .message_response
+        .unwrap();
     let MessageResponse::ListServicesResponse(list) = answer else {
         panic!("{answer:?}");
     };

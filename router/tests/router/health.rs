@@ -36,7 +36,9 @@ async fn without_any_worker_requests_are_503() {
     let args = args(&[&mock]);
     drop(mock);
     let router = Router::start(args).await;
-    let response = router.post("/v1/chat/completions", chat_body(json!({}))).await;
+    let response = router
+        .post("/v1/chat/completions", chat_body(json!({})))
+        .await;
     assert_eq!(response.headers()["retry-after"], "1");
     let (status, error) = crate::support::error_of(response).await;
     assert_eq!((status, &error["code"]), (503, &json!("no_ready_worker")));
@@ -65,21 +67,44 @@ async fn a_shutdown_lets_open_answers_end() {
 async fn metrics_count() {
     let mock = Mock::start(Script::answer("four")).await;
     let router = Router::ready(&[&mock]).await;
-    router.post("/v1/chat/completions", chat_body(json!({}))).await.bytes().await.unwrap();
+    router
+        .post("/v1/chat/completions", chat_body(json!({})))
+        .await
+        .bytes()
+        .await
+        .unwrap();
     router.post("/v1/chat/completions", json!({})).await;
     let route = "shoal_requests_total{route=\"/v1/chat/completions\"";
     for (name, value) in [
         (format!("{route},code=\"200\"}}"), 1.0),
         (format!("{route},code=\"400\"}}"), 1.0),
-        ("shoal_time_to_first_token_seconds_count{model=\"mock\"}".into(), 1.0),
-        ("shoal_e2e_request_latency_seconds_count{model=\"mock\"}".into(), 1.0),
-        ("shoal_request_queue_time_seconds_count{model=\"mock\"}".into(), 1.0),
+        (
+            "shoal_time_to_first_token_seconds_count{model=\"mock\"}".into(),
+            1.0,
+        ),
+        (
+            "shoal_e2e_request_latency_seconds_count{model=\"mock\"}".into(),
+            1.0,
+        ),
+        (
+            "shoal_request_queue_time_seconds_count{model=\"mock\"}".into(),
+            1.0,
+        ),
         ("shoal_prompt_tokens_total{model=\"mock\"}".into(), 4.0),
-        ("shoal_cached_prompt_tokens_total{model=\"mock\"}".into(), 2.0),
+        (
+            "shoal_cached_prompt_tokens_total{model=\"mock\"}".into(),
+            2.0,
+        ),
         ("shoal_output_tokens_total{model=\"mock\"}".into(), 5.0),
         ("shoal_rejects_total{reason=\"invalid_value\"}".into(), 1.0),
-        (format!("shoal_worker_up{{worker=\"{}\"}}", mock.address), 1.0),
-        (format!("shoal_worker_ready{{worker=\"{}\"}}", mock.address), 1.0),
+        (
+            format!("shoal_worker_up{{worker=\"{}\"}}", mock.address),
+            1.0,
+        ),
+        (
+            format!("shoal_worker_ready{{worker=\"{}\"}}", mock.address),
+            1.0,
+        ),
     ] {
         router.metric_becomes(&name, value).await;
     }

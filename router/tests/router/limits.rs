@@ -24,7 +24,11 @@ async fn a_full_queue_is_429_with_the_time_to_wait() {
         mock.live(1).await;
         router.metric_becomes("shoal_requests_waiting", 1.0).await;
         let response = router.post(CHAT, chat_body(json!({}))).await;
-        let wait: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+        let wait: u64 = response.headers()["retry-after"]
+            .to_str()
+            .unwrap()
+            .parse()
+            .unwrap();
         assert!((1..=60).contains(&wait));
         let (status, error) = error_of(response).await;
         assert_eq!((status, &error["code"]), (429, &json!("queue_full")));
@@ -39,7 +43,12 @@ async fn a_full_queue_is_429_with_the_time_to_wait() {
     for answer in [a, b] {
         assert_eq!(answer["usage"]["completion_tokens"], 5);
     }
-    assert_eq!(router.metric("shoal_rejects_total{reason=\"queue_full\"}").await, Some(1.0));
+    assert_eq!(
+        router
+            .metric("shoal_rejects_total{reason=\"queue_full\"}")
+            .await,
+        Some(1.0)
+    );
 }
 
 #[tokio::test]
@@ -77,11 +86,17 @@ fn key_file(text: &str) -> tempfile::NamedTempFile {
 }
 
 fn sha256(key: &str) -> String {
-    Sha256::digest(key).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(key)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 async fn with_key(router: &Router, key: &str, body: Value) -> reqwest::Response {
-    let request = router.http.post(format!("{}{CHAT}", router.base)).json(&body);
+    let request = router
+        .http
+        .post(format!("{}{CHAT}", router.base))
+        .json(&body);
     request.bearer_auth(key).send().await.unwrap()
 }
 
@@ -96,7 +111,10 @@ async fn keys_name_the_tenant() {
     args.api_keys = Some(file.path().into());
     let router = Router::ready_with(args).await;
 
-    assert_eq!(with_key(&router, "k1", chat_body(json!({}))).await.status(), 200);
+    assert_eq!(
+        with_key(&router, "k1", chat_body(json!({}))).await.status(),
+        200
+    );
     let namespace = mock.submitted().await.cache_namespace;
     assert_eq!(namespace, Namespace::new("acme", "").as_bytes());
 
@@ -112,7 +130,12 @@ async fn keys_name_the_tenant() {
     for path in ["/health", "/ready", "/live"] {
         assert_eq!(router.get(path).await.0, 200, "{path}");
     }
-    let status = router.grpc().await.generate(crate::grpc::chat("user", "x")).await.unwrap_err();
+    let status = router
+        .grpc()
+        .await
+        .generate(crate::grpc::chat("user", "x"))
+        .await
+        .unwrap_err();
     assert_eq!(status.code(), tonic::Code::Unauthenticated);
 }
 
@@ -121,19 +144,35 @@ async fn quotas_are_the_tenants() {
     let mock = Mock::start(Script::answer("x")).await;
     let mut text = "[[tenants]]\nname = \"small\"\nrequests_per_minute = 2\n".to_owned();
     for (key, tenant) in [("a", "small"), ("b", "small"), ("c", "free")] {
-        text += &format!("[[keys]]\nsha256 = \"{}\"\ntenant = \"{tenant}\"\n", sha256(key));
+        text += &format!(
+            "[[keys]]\nsha256 = \"{}\"\ntenant = \"{tenant}\"\n",
+            sha256(key)
+        );
     }
     let file = key_file(&text);
     let mut args = args(&[&mock]);
     args.api_keys = Some(file.path().into());
     let router = Router::ready_with(args).await;
     for key in ["a", "b"] {
-        assert_eq!(with_key(&router, key, chat_body(json!({}))).await.status(), 200);
+        assert_eq!(
+            with_key(&router, key, chat_body(json!({}))).await.status(),
+            200
+        );
     }
     let response = with_key(&router, "a", chat_body(json!({}))).await;
-    let wait: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+    let wait: u64 = response.headers()["retry-after"]
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
     assert!((1..=30).contains(&wait));
     let (status, error) = error_of(response).await;
-    assert_eq!((status, &error["code"]), (429, &json!("rate_limit_exceeded")));
-    assert_eq!(with_key(&router, "c", chat_body(json!({}))).await.status(), 200);
+    assert_eq!(
+        (status, &error["code"]),
+        (429, &json!("rate_limit_exceeded"))
+    );
+    assert_eq!(
+        with_key(&router, "c", chat_body(json!({}))).await.status(),
+        200
+    );
 }

@@ -12,10 +12,10 @@ use sha2::{Digest, Sha256};
 use shoal_proto::{
     PROTOCOL_VERSION,
     worker::{
-        Cancel, Chunk, DescribeRequest, DrainRequest, DrainResponse, FetchTokenizerRequest,
-        Finish, Load, Logprob, ModelDescription, Pong, RejectReason, Rejected, RouterFrame,
-        SequenceOutput, SequenceUsage, StateChange, StepOutput, Submit, TokenizerBundle,
-        UndrainRequest, UndrainResponse, WorkerFrame, WorkerState,
+        Cancel, Chunk, DescribeRequest, DrainRequest, DrainResponse, FetchTokenizerRequest, Finish,
+        Load, Logprob, ModelDescription, Pong, RejectReason, Rejected, RouterFrame, SequenceOutput,
+        SequenceUsage, StateChange, StepOutput, Submit, TokenizerBundle, UndrainRequest,
+        UndrainResponse, WorkerFrame, WorkerState,
         router_frame::Frame as Up,
         tokenizer_bundle::Kind,
         worker_frame::Frame as Down,
@@ -250,7 +250,10 @@ impl Worker for Service {
         _: Request<FetchTokenizerRequest>,
     ) -> Result<Response<Self::FetchTokenizerStream>, Status> {
         let encoded = bundle().encode_to_vec();
-        let chunks: Vec<_> = encoded.chunks(100).map(|c| Ok(Chunk { data: c.to_vec() })).collect();
+        let chunks: Vec<_> = encoded
+            .chunks(100)
+            .map(|c| Ok(Chunk { data: c.to_vec() }))
+            .collect();
         Ok(Response::new(futures::stream::iter(chunks).boxed()))
     }
 
@@ -338,7 +341,10 @@ impl Session {
     }
 
     async fn send(&self, frame: Down) {
-        self.down.send(Ok(WorkerFrame { frame: Some(frame) })).await.ok();
+        self.down
+            .send(Ok(WorkerFrame { frame: Some(frame) }))
+            .await
+            .ok();
     }
 
     async fn take(&mut self, frame: RouterFrame) {
@@ -346,7 +352,10 @@ impl Session {
             Up::Submit(submit) => {
                 let reject = self.shared.script.lock().unwrap().reject;
                 let (sequence, attempt) = (submit.sequence, submit.attempt);
-                self.shared.seen.send(Seen::Submit(Box::new(submit.clone()))).ok();
+                self.shared
+                    .seen
+                    .send(Seen::Submit(Box::new(submit.clone())))
+                    .ok();
                 if let Some(reason) = reject {
                     self.send(Down::Rejected(Rejected {
                         sequence,
@@ -362,7 +371,10 @@ impl Session {
                     submit,
                     started: false,
                 };
-                assert!(self.sequences.insert(sequence, running).is_none(), "sequence reused");
+                assert!(
+                    self.sequences.insert(sequence, running).is_none(),
+                    "sequence reused"
+                );
                 self.shared.live.send_modify(|live| *live += 1);
             }
             Up::Cancel(cancel) => {
@@ -439,7 +451,10 @@ impl Running {
             finish = Finish::Length;
         }
         while finish == Finish::Unspecified && tokens.len() < script.per_step {
-            let token = script.answer.get(self.done).map_or(END, |&byte| byte.into());
+            let token = script
+                .answer
+                .get(self.done)
+                .map_or(END, |&byte| byte.into());
             tokens.push(token);
             self.done += 1;
             if stopping.stop_token_ids.contains(&token) {

@@ -37,7 +37,10 @@ async fn a_chat_is_answered() {
     let submit = mock.submitted().await;
     assert_eq!(submit.prompt, [257, 72, 105, 258]);
     assert_eq!((submit.seed, submit.attempt, submit.choice), (7, 0, 0));
-    assert_eq!(submit.cache_namespace, Namespace::new("default", "").as_bytes());
+    assert_eq!(
+        submit.cache_namespace,
+        Namespace::new("default", "").as_bytes()
+    );
     assert_eq!(submit.stopping.unwrap().max_tokens, CONTEXT - 4);
     router.stop().await;
 }
@@ -59,14 +62,20 @@ async fn every_sampling_field_reaches_the_worker() {
     let sampling = submit.sampling.unwrap();
     assert_eq!((sampling.temperature, sampling.top_p), (0.5, 0.25));
     assert_eq!((sampling.top_k, sampling.min_p), (3, 0.125));
-    assert_eq!((sampling.presence_penalty, sampling.frequency_penalty), (1.0, -1.0));
+    assert_eq!(
+        (sampling.presence_penalty, sampling.frequency_penalty),
+        (1.0, -1.0)
+    );
     assert_eq!(sampling.repetition_penalty, 1.5);
     assert_eq!(sampling.logit_bias, [(65, 2.0), (66, -100.0)].into());
     let stopping = submit.stopping.unwrap();
     assert_eq!((stopping.max_tokens, stopping.min_tokens), (9, 2));
     assert_eq!(stopping.stop_token_ids, [5]);
     assert_eq!(submit.seed, u64::MAX);
-    assert_eq!(submit.cache_namespace, Namespace::new("default", "salt").as_bytes());
+    assert_eq!(
+        submit.cache_namespace,
+        Namespace::new("default", "salt").as_bytes()
+    );
     assert_eq!(submit.priority, 1);
     assert!(submit.deadline_in_ms > 0);
 }
@@ -92,7 +101,10 @@ async fn n_choices_share_the_seed_and_differ_in_their_number() {
     let router = Router::ready(&[&mock]).await;
     let answer = router.chat(json!({"n": 3, "seed": 5})).await;
     let choices = answer["choices"].as_array().unwrap();
-    let indices: Vec<u64> = choices.iter().map(|c| c["index"].as_u64().unwrap()).collect();
+    let indices: Vec<u64> = choices
+        .iter()
+        .map(|c| c["index"].as_u64().unwrap())
+        .collect();
     assert_eq!(indices, [0, 1, 2]);
     assert_eq!(answer["usage"]["completion_tokens"], 12);
     assert_eq!(answer["usage"]["prompt_tokens"], 4);
@@ -135,18 +147,25 @@ async fn max_tokens_over_the_context_is_clamped() {
     let answer = router.chat(json!({"max_tokens": 100_000})).await;
     assert_eq!(answer["choices"][0]["finish_reason"], "length");
     assert_eq!(answer["usage"]["completion_tokens"], CONTEXT - 4);
-    assert_eq!(mock.submitted().await.stopping.unwrap().max_tokens, CONTEXT - 4);
+    assert_eq!(
+        mock.submitted().await.stopping.unwrap().max_tokens,
+        CONTEXT - 4
+    );
 }
 
 #[tokio::test]
 async fn a_stop_string_ends_the_text_before_it() {
     let mock = Mock::start(Script::answer("one two three")).await;
     let router = Router::ready(&[&mock]).await;
-    let answer = router.chat(json!({"stop": ["zzz", "two"], "logprobs": true})).await;
+    let answer = router
+        .chat(json!({"stop": ["zzz", "two"], "logprobs": true}))
+        .await;
     assert_eq!(content(&answer), "one ");
     assert_eq!(answer["choices"][0]["finish_reason"], "stop");
     assert_eq!(answer["usage"]["completion_tokens"], 7);
-    let logprobs = answer["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    let logprobs = answer["choices"][0]["logprobs"]["content"]
+        .as_array()
+        .unwrap();
     assert_eq!(logprobs.len(), 4, "the tokens of the text alone");
 }
 
@@ -154,7 +173,9 @@ async fn a_stop_string_ends_the_text_before_it() {
 async fn chat_logprobs_have_openais_shape() {
     let mock = Mock::start(Script::answer("é")).await;
     let router = Router::ready(&[&mock]).await;
-    let answer = router.chat(json!({"logprobs": true, "top_logprobs": 2})).await;
+    let answer = router
+        .chat(json!({"logprobs": true, "top_logprobs": 2}))
+        .await;
     let logprobs = &answer["choices"][0]["logprobs"];
     assert!(logprobs["refusal"].is_null());
     let content = logprobs["content"].as_array().unwrap();
@@ -181,7 +202,9 @@ async fn completions_take_text_token_ids_and_several_of_them() {
         (json!([[97], [98]]), vec![tokens("a"), tokens("b")]),
         (json!(["a", "b"]), vec![tokens("a"), tokens("b")]),
     ] {
-        let answer = router.ok("/v1/completions", json!({"prompt": prompt, "n": 2})).await;
+        let answer = router
+            .ok("/v1/completions", json!({"prompt": prompt, "n": 2}))
+            .await;
         assert_eq!(answer["object"], "text_completion");
         let choices = answer["choices"].as_array().unwrap();
         assert_eq!(choices.len(), 2 * expected.len());
@@ -220,7 +243,10 @@ async fn echo_scores_the_prompt() {
     assert_eq!(choice["finish_reason"], "length");
     assert_eq!(answer["usage"]["completion_tokens"], 0);
     let logprobs = &choice["logprobs"];
-    assert_eq!(logprobs["tokens"], json!(["a", "bytes:\\xc3", "bytes:\\xa9", "b"]));
+    assert_eq!(
+        logprobs["tokens"],
+        json!(["a", "bytes:\\xc3", "bytes:\\xa9", "b"])
+    );
     assert_eq!(logprobs["token_logprobs"], json!([null, -0.5, -0.5, -0.5]));
     assert_eq!(logprobs["text_offset"], json!([0, 1, 2, 2]));
     assert_eq!(logprobs["top_logprobs"][0], Value::Null);
@@ -229,7 +255,10 @@ async fn echo_scores_the_prompt() {
     let body = json!({"prompt": [97, 98], "echo": true, "max_tokens": 5, "logprobs": 0});
     let answer = router.ok("/v1/completions", body).await;
     assert_eq!(answer["choices"][0]["text"], "ab!");
-    assert_eq!(answer["choices"][0]["logprobs"]["text_offset"], json!([0, 1, 2]));
+    assert_eq!(
+        answer["choices"][0]["logprobs"]["text_offset"],
+        json!([0, 1, 2])
+    );
 }
 
 #[tokio::test]
@@ -244,7 +273,10 @@ async fn models_are_listed() {
     let (status, model) = router.get(&format!("/v1/models/{MODEL}")).await;
     assert_eq!((status, &model), (200, &list["data"][0]));
     let (status, error) = router.get("/v1/models/other/one").await;
-    assert_eq!((status, &error["error"]["code"]), (404, &json!("model_not_found")));
+    assert_eq!(
+        (status, &error["error"]["code"]),
+        (404, &json!("model_not_found"))
+    );
 }
 
 #[tokio::test]
@@ -252,11 +284,20 @@ async fn text_and_tokens_translate() {
     let mock = Mock::start(Script::answer("")).await;
     let router = Router::ready(&[&mock]).await;
     let body = json!({"content": "<user>é", "parse_special": true});
-    assert_eq!(router.ok("/tokenize", body).await, json!({"tokens": [257, 0xc3, 0xa9]}));
+    assert_eq!(
+        router.ok("/tokenize", body).await,
+        json!({"tokens": [257, 0xc3, 0xa9]})
+    );
     let body = json!({"content": "<u", "add_special": true, "parse_special": false});
-    assert_eq!(router.ok("/tokenize", body).await, json!({"tokens": [60, 117]}));
+    assert_eq!(
+        router.ok("/tokenize", body).await,
+        json!({"tokens": [60, 117]})
+    );
     let body = json!({"tokens": [257, 0xc3, 0xa9]});
-    assert_eq!(router.ok("/detokenize", body).await, json!({"content": "<user>é"}));
+    assert_eq!(
+        router.ok("/detokenize", body).await,
+        json!({"content": "<user>é"})
+    );
     let (status, error) = router.error("/detokenize", json!({"tokens": [259]})).await;
     assert_eq!((status, &error["param"]), (400, &json!("tokens")));
 }
@@ -267,13 +308,21 @@ async fn a_request_id_goes_through_or_is_made() {
     let router = Router::ready(&[&mock]).await;
     let url = format!("{}/v1/chat/completions", router.base);
     let request = router.http.post(&url).json(&chat_body(json!({})));
-    let response = request.header("x-request-id", "mine-1").send().await.unwrap();
+    let response = request
+        .header("x-request-id", "mine-1")
+        .send()
+        .await
+        .unwrap();
     assert_eq!(response.headers()["x-request-id"], "mine-1");
     let answer: Value = response.json().await.unwrap();
     assert_eq!(answer["id"], "chatcmpl-mine-1");
     assert_eq!(mock.submitted().await.request_id, "mine-1");
 
     let request = router.http.post(&url).json(&chat_body(json!({})));
-    let response = request.header("x-request-id", "not fit").send().await.unwrap();
+    let response = request
+        .header("x-request-id", "not fit")
+        .send()
+        .await
+        .unwrap();
     assert_eq!(response.headers()["x-request-id"].len(), 32);
 }

@@ -20,10 +20,11 @@ async fn a_chat_streams_as_openais_does() {
         assert!(chunk.as_object().unwrap().contains_key("usage"));
     }
     let choices: Vec<&Value> = chunks.iter().map(|chunk| &chunk["choices"]).collect();
-    let choice = |delta: Value, finish: Option<&str>| {
-        json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish}])
-    };
-    assert_eq!(*choices[0], choice(json!({"role": "assistant", "content": ""}), None));
+    let choice = |delta: Value, finish: Option<&str>| json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": finish}]);
+    assert_eq!(
+        *choices[0],
+        choice(json!({"role": "assistant", "content": ""}), None)
+    );
     assert_eq!(*choices[1], choice(json!({"content": "H"}), None));
     assert_eq!(*choices[2], choice(json!({"content": "é"}), None));
     assert_eq!(*choices[3], choice(json!({}), Some("stop")));
@@ -93,7 +94,10 @@ async fn choices_stream_side_by_side() {
         assert_eq!(joined(&chunks, index), "side");
     }
     let of = |field: &'static str, value: Value| {
-        chunks.iter().filter(move |c| c["choices"][0].pointer(field) == Some(&value)).count()
+        chunks
+            .iter()
+            .filter(move |c| c["choices"][0].pointer(field) == Some(&value))
+            .count()
     };
     assert_eq!(of("/delta/role", json!("assistant")), 2);
     assert_eq!(of("/finish_reason", json!("stop")), 2);
@@ -108,7 +112,10 @@ async fn completions_stream_with_logprobs_and_offsets() {
     let chunks = router.events("/v1/completions", body).await.rest().await;
     for (index, text) in [(0, "pxyz"), (1, "qxyz")] {
         assert_eq!(joined(&chunks, index), text);
-        let own = chunks.iter().map(|c| &c["choices"][0]).filter(|c| c["index"] == index);
+        let own = chunks
+            .iter()
+            .map(|c| &c["choices"][0])
+            .filter(|c| c["index"] == index);
         let offsets = own.flat_map(|c| c["logprobs"]["text_offset"].as_array().unwrap().clone());
         assert_eq!(offsets.collect::<Vec<_>>(), [0, 1, 2, 3]);
     }

@@ -64,7 +64,11 @@ impl Router {
     }
 
     pub(crate) async fn channel(&self) -> Channel {
-        Channel::from_shared(self.base.clone()).unwrap().connect().await.unwrap()
+        Channel::from_shared(self.base.clone())
+            .unwrap()
+            .connect()
+            .await
+            .unwrap()
     }
 
     pub(crate) async fn grpc(&self) -> InferenceClient<Channel> {
@@ -77,7 +81,12 @@ impl Router {
     }
 
     pub(crate) async fn get(&self, path: &str) -> (u16, Value) {
-        let response = self.http.get(format!("{}{path}", self.base)).send().await.unwrap();
+        let response = self
+            .http
+            .get(format!("{}{path}", self.base))
+            .send()
+            .await
+            .unwrap();
         (response.status().as_u16(), response.json().await.unwrap())
     }
 
@@ -119,8 +128,18 @@ impl Router {
     /// The value of a metric without labels, or with exactly these.
     pub(crate) async fn metric(&self, name: &str) -> Option<f64> {
         let url = format!("{}/metrics", self.base);
-        let text = self.http.get(url).send().await.unwrap().text().await.unwrap();
-        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        let text = self
+            .http
+            .get(url)
+            .send()
+            .await
+            .unwrap()
+            .text()
+            .await
+            .unwrap();
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.map(|value| value.parse().unwrap())
     }
 
@@ -135,7 +154,10 @@ impl Router {
     pub(crate) async fn stop(self) {
         self.shutdown.start();
         self.served.await.unwrap();
-        assert!(self.shutdown.finished(Duration::from_secs(10)).await, "a task was left");
+        assert!(
+            self.shutdown.finished(Duration::from_secs(10)).await,
+            "a task was left"
+        );
     }
 }
 
@@ -177,7 +199,11 @@ impl Events {
             if let Some(end) = self.buffer.windows(2).position(|w| w == b"\n\n") {
                 let event: Vec<u8> = self.buffer.drain(..end + 2).collect();
                 let text = String::from_utf8(event).unwrap();
-                let data = text.strip_prefix("data: ").unwrap().strip_suffix("\n\n").unwrap();
+                let data = text
+                    .strip_prefix("data: ")
+                    .unwrap()
+                    .strip_suffix("\n\n")
+                    .unwrap();
                 assert!(!data.contains('\n'), "one line per event");
                 return Some(data.to_owned());
             }
@@ -217,7 +243,10 @@ impl Events {
 
 /// The streamed text of one choice.
 pub(crate) fn joined(chunks: &[Value], index: u64) -> String {
-    let choices = chunks.iter().flat_map(|chunk| chunk["choices"].as_array().unwrap());
+    let choices = chunks
+        .iter()
+        .flat_map(|chunk| chunk["choices"].as_array().unwrap());
     let own = choices.filter(|choice| choice["index"] == index);
-    own.filter_map(|c| c["delta"]["content"].as_str().or(c["text"].as_str())).collect()
+    own.filter_map(|c| c["delta"]["content"].as_str().or(c["text"].as_str()))
+        .collect()
 }

@@ -7,6 +7,7 @@
 pub mod backend;
 pub mod candle;
 pub mod config;
+pub mod cpu;
 pub mod digest;
 pub mod engine;
 mod kv;

@@ -43,18 +43,25 @@ pub(super) async fn chat(
     let requests = vec![body.into_chat()?];
     let answers = Answers::start(&service, requests, arrival).await?;
     if stream {
-        return Ok(stream::respond(service, answers, stream::Chat, include_usage));
+        return Ok(stream::respond(
+            service,
+            answers,
+            stream::Chat,
+            include_usage,
+        ));
     }
     answers
-        .whole("chatcmpl", "chat.completion", |job, index, whole| ChatChoice {
-            index,
-            logprobs: scored(job).then(|| ChatLogprobs::new(&whole.logprobs)),
-            finish_reason: finish_name(whole.finish),
-            message: ChatMessage {
-                role: "assistant",
-                content: whole.text,
-                refusal: None,
-            },
+        .whole("chatcmpl", "chat.completion", |job, index, whole| {
+            ChatChoice {
+                index,
+                logprobs: scored(job).then(|| ChatLogprobs::new(&whole.logprobs)),
+                finish_reason: finish_name(whole.finish),
+                message: ChatMessage {
+                    role: "assistant",
+                    content: whole.text,
+                    refusal: None,
+                },
+            }
         })
         .await
 }
@@ -107,7 +114,9 @@ impl Answers {
         requests: Vec<GenerateRequest>,
         arrival: Arrival,
     ) -> Result<Self, RequestError> {
-        let started = requests.into_iter().map(|r| service.generate(r, arrival.clone()));
+        let started = requests
+            .into_iter()
+            .map(|r| service.generate(r, arrival.clone()));
         let answers: Vec<Answer> = try_join_all(started).await?;
         let jobs: Vec<Arc<Job>> = answers.iter().map(|answer| answer.job.clone()).collect();
         let mut growths = SelectAll::new();
@@ -146,7 +155,9 @@ impl Answers {
             }
         }
         let job = &self.jobs[0];
-        let choices = (0..).zip(wholes).map(|(index, whole)| choice(job, index, whole));
+        let choices = (0..)
+            .zip(wholes)
+            .map(|(index, whole)| choice(job, index, whole));
         let body = Completion {
             id: &format!("{prefix}-{}", job.arrival.request_id),
             object,

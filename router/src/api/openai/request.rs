@@ -83,7 +83,10 @@ struct Message {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "a string or an array of content parts is expected")]
+#[serde(
+    untagged,
+    expecting = "a string or an array of content parts is expected"
+)]
 enum Content {
     Text(String),
     Parts(Vec<Part>),
@@ -116,7 +119,10 @@ enum Prompts {
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(untagged, expecting = "a boolean (chat) or a number (completions) is expected")]
+#[serde(
+    untagged,
+    expecting = "a boolean (chat) or a number (completions) is expected"
+)]
 enum Logprobs {
     Wanted(bool),
     Top(u32),
@@ -137,7 +143,9 @@ fn invalid(param: &'static str, message: &'static str) -> RequestError {
 impl Body {
     /// Whether a usage chunk ends the stream.
     pub(super) fn include_usage(&self) -> bool {
-        self.stream_options.as_ref().is_some_and(|o| o.include_usage)
+        self.stream_options
+            .as_ref()
+            .is_some_and(|o| o.include_usage)
     }
 
     /// The caller's name for the end user.
@@ -165,7 +173,10 @@ impl Body {
             None => false,
             Some(Logprobs::Wanted(wanted)) => wanted,
             Some(Logprobs::Top(_)) => {
-                return Err(invalid("logprobs", "logprobs must be a boolean: use top_logprobs"));
+                return Err(invalid(
+                    "logprobs",
+                    "logprobs must be a boolean: use top_logprobs",
+                ));
             }
         };
         if self.top_logprobs.is_some() && !logprobs {
@@ -227,7 +238,9 @@ impl Body {
     /// Refuses what would change the answer and is not built.
     fn check_supported(&self) -> Result<(), RequestError> {
         let asks = |value: &Option<Value>, harmless: &[Value]| {
-            value.as_ref().is_some_and(|v| !v.is_null() && !harmless.contains(v))
+            value
+                .as_ref()
+                .is_some_and(|v| !v.is_null() && !harmless.contains(v))
         };
         let empty = Value::Array(Vec::new());
         let format = serde_json::json!({"type": "text"});
@@ -235,16 +248,28 @@ impl Body {
         let single = self.n.unwrap_or(1);
         for (param, asked) in [
             ("tools", asks(&self.tools, std::slice::from_ref(&empty))),
-            ("tool_choice", asks(&self.tool_choice, &["none".into(), "auto".into()])),
+            (
+                "tool_choice",
+                asks(&self.tool_choice, &["none".into(), "auto".into()]),
+            ),
             ("functions", asks(&self.functions, &[empty])),
-            ("function_call", asks(&self.function_call, &["none".into(), "auto".into()])),
+            (
+                "function_call",
+                asks(&self.function_call, &["none".into(), "auto".into()]),
+            ),
             ("response_format", asks(&self.response_format, &[format])),
             ("modalities", asks(&self.modalities, &[text])),
             ("audio", asks(&self.audio, &[])),
             ("prediction", asks(&self.prediction, &[])),
             ("web_search_options", asks(&self.web_search_options, &[])),
-            ("suffix", self.suffix.as_ref().is_some_and(|s| !s.is_empty())),
-            ("best_of", self.best_of.is_some_and(|best_of| best_of != single)),
+            (
+                "suffix",
+                self.suffix.as_ref().is_some_and(|s| !s.is_empty()),
+            ),
+            (
+                "best_of",
+                self.best_of.is_some_and(|best_of| best_of != single),
+            ),
         ] {
             if asked {
                 return Err(RequestError::Unsupported {
@@ -253,7 +278,10 @@ impl Body {
             }
         }
         if self.stream_options.is_some() && self.stream != Some(true) {
-            return Err(invalid("stream_options", "stream_options needs stream: true"));
+            return Err(invalid(
+                "stream_options",
+                "stream_options needs stream: true",
+            ));
         }
         Ok(())
     }
@@ -278,7 +306,11 @@ impl Body {
                 presence_penalty: self.presence_penalty,
                 frequency_penalty: self.frequency_penalty,
                 repetition_penalty: self.repetition_penalty,
-                logit_bias: self.logit_bias.map(logit_bias).transpose()?.unwrap_or_default(),
+                logit_bias: self
+                    .logit_bias
+                    .map(logit_bias)
+                    .transpose()?
+                    .unwrap_or_default(),
             }),
             stopping: Some(Stopping {
                 max_tokens,
@@ -337,7 +369,10 @@ impl Message {
             Some(Content::Text(text)) => text,
             Some(Content::Parts(parts)) => join(parts, index)?,
             None => {
-                return Err(RequestError::invalid(param("content"), "a message needs content"));
+                return Err(RequestError::invalid(
+                    param("content"),
+                    "a message needs content",
+                ));
             }
         };
         Ok(ChatMessage {
@@ -359,7 +394,10 @@ fn join(parts: Vec<Part>, index: usize) -> Result<String, RequestError> {
             });
         }
         let Some(piece) = part.text else {
-            return Err(RequestError::invalid(param("text"), "a text part needs text"));
+            return Err(RequestError::invalid(
+                param("text"),
+                "a text part needs text",
+            ));
         };
         text.push_str(&piece);
     }
@@ -375,7 +413,9 @@ fn seed(number: &Number) -> Result<u64, RequestError> {
     number
         .as_u64()
         .or_else(|| number.as_i64().map(i64::cast_unsigned))
-        .ok_or_else(|| RequestError::invalid("seed", format!("seed must be an integer, not {number}")))
+        .ok_or_else(|| {
+            RequestError::invalid("seed", format!("seed must be an integer, not {number}"))
+        })
 }
 
 fn logit_bias(bias: HashMap<String, f32>) -> Result<HashMap<u32, f32>, RequestError> {

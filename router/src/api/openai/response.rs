@@ -140,7 +140,11 @@ impl ChatLogprobs {
     pub(super) fn new(tokens: &[TokenLogprob]) -> Self {
         let content = tokens.iter().map(|t| ChatToken {
             token: ScoredToken::new(&t.token, t.logprob),
-            top_logprobs: t.top.iter().map(|t| ScoredToken::new(&t.token, t.logprob)).collect(),
+            top_logprobs: t
+                .top
+                .iter()
+                .map(|t| ScoredToken::new(&t.token, t.logprob))
+                .collect(),
         });
         Self {
             content: content.collect(),
@@ -187,9 +191,14 @@ impl TextLogprobs {
         let mut new = Self::default();
         for t in tokens {
             new.tokens.push(token_name(&t.token));
-            new.token_logprobs.push((!t.unscored).then(|| finite(t.logprob)));
-            let top = t.top.iter().map(|t| (token_name(&t.token), finite(t.logprob)));
-            new.top_logprobs.push((!t.unscored).then(|| TopTokens(top.collect())));
+            new.token_logprobs
+                .push((!t.unscored).then(|| finite(t.logprob)));
+            let top = t
+                .top
+                .iter()
+                .map(|t| (token_name(&t.token), finite(t.logprob)));
+            new.top_logprobs
+                .push((!t.unscored).then(|| TopTokens(top.collect())));
             new.text_offset.push(*offset);
             // Continuation bytes belong to the character before them.
             *offset += t.token.iter().filter(|&&byte| byte & 0xc0 != 0x80).count();

@@ -130,7 +130,12 @@ impl Events {
         self.buffer.put_slice(b"data: [DONE]\n\n");
     }
 
-    fn write<C: Serialize>(&mut self, choices: &[C], usage: Option<Option<Usage>>, seed: Option<u64>) {
+    fn write<C: Serialize>(
+        &mut self,
+        choices: &[C],
+        usage: Option<Option<Usage>>,
+        seed: Option<u64>,
+    ) {
         let chunk = Chunk {
             id: &self.id,
             object: self.object,
@@ -177,7 +182,10 @@ pub(super) fn respond<F: Form>(
     let body = Body::from_stream(frames(service, answers, form, events));
     let mut response = Response::new(body);
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/event-stream"),
+    );
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     // Proxies that buffer would hold tokens back.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));

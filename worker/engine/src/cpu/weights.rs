@@ -1,0 +1,309 @@
+//! The weights of a model, packed once in the order of execution into one arena.
+
+use shoal_gguf::{GgmlType, Gguf, TensorView, codec};
+use shoal_kernels::Isa;
+use shoal_kernels::arena::Arena;
+use shoal_kernels::gemm::{Matrix, Write, multiply};
+use shoal_kernels::pack::{Block, Format, Layout, PackError, RowSource, TILE};
+use shoal_kernels::pool::Pool;
+use shoal_kernels::quant::{Activations, Precision};
+
+use crate::backend::BackendError;
+use crate::spec::ModelSpec;
+use crate::weights::{LayerWeight, Weight};
+
+/// A linear map: matrices side by side, one for each run of rows with one format.
+#[derive(Default)]
+pub(super) struct Linear {
+    parts: Vec<Placed>,
+    width: usize,
+}
+
+struct Placed {
+    layout: Layout,
+    offset: usize,
+}
+
+impl Linear {
+    /// How its inputs are kept, if all of its matrices agree.
+    pub(super) fn precision(&self) -> Option<Precision> {
+        let mut all = self
+            .parts
+            .iter()
+            .map(|part| part.layout.format().precision());
+        let first = all.next()?;
+        all.all(|other| other == first).then_some(first)
+    }
+}
+
+/// The weights of one block.
+pub(super) struct Layer {
+    pub(super) attn_norm: Vec<f32>,
+    pub(super) qkv: Linear,
+    pub(super) qkv_bias: Vec<f32>,
+    pub(super) q_norm: Vec<f32>,
+    pub(super) k_norm: Vec<f32>,
+    pub(super) attn_output: Linear,
+    pub(super) ffn_norm: Vec<f32>,
+    pub(super) gate_up: Linear,
+    pub(super) down: Linear,
+}
+
+/// The weights of a model.
+pub(super) struct Weights {
+    arena: Arena,
+    pub(super) layers: Vec<Layer>,
+    pub(super) output_norm: Vec<f32>,
+    pub(super) head: Linear,
+    /// `None` where it is the head.
+    embedding: Option<Linear>,
+}
+
+/// Matrices stacked by rows.
+struct Stack<'a> {
+    tensors: Vec<TensorView<'a>>,
+}
+
+impl RowSource for Stack<'_> {
+    fn blocks(&self, row: usize, each: &mut dyn FnMut(usize, &Block)) {
+        let mut row = row;
+        for tensor in &self.tensors {
+            let [rows, k] = *tensor.shape else { return };
+            if row >= rows {
+                row -= rows;
+                continue;
+            }
+            let bytes = tensor.ty.bytes_of(k);
+            codec::unpack(
+                tensor.ty,
+                &tensor.data[row * bytes..][..bytes],
+                |index, group| {
+                    let block = Block {
+                        quants: group.quants,
+                        scales: group.scales,
+                        min: group.min,
+                    };
+                    each(index, &block);
+                },
+            );
+            return;
+        }
+    }
+}
+
+impl Stack<'_> {
+    fn error(&self, error: PackError) -> BackendError {
+        let names: Vec<&str> = self.tensors.iter().map(|tensor| tensor.name).collect();
+        BackendError::Weights {
+            tensor: names.join(", "),
+            reason: error.to_string(),
+        }
+    }
+
+    /// Fills `out` with the floats of a row.
+    fn floats(&self, row: usize, out: &mut [f32]) {
+        let mut row = row;
+        for tensor in &self.tensors {
+            if let Some(next) = row.checked_sub(tensor.shape[0]) {
+                row = next;
+                continue;
+            }
+            let bytes = tensor.ty.bytes_of(out.len());
+            shoal_gguf::dequantize(tensor.ty, &tensor.data[row * bytes..][..bytes], out);
+            return;
+        }
+    }
+}
+
+fn format(ty: GgmlType) -> Format {
+    match ty {
+        GgmlType::Q4_0 => Format::U4Zero,
+        GgmlType::Q4_1 | GgmlType::Q4_K => Format::U4Min,
+        GgmlType::Q5_0 => Format::U8Zero(16),
+        GgmlType::Q5_1 | GgmlType::Q5_K => Format::U8Min,
+        GgmlType::Q6_K => Format::U8Halves(32),
+        GgmlType::Q8_0 => Format::U8Zero(128),
+        GgmlType::F32 => Format::F32,
+        GgmlType::F16 => Format::F16,
+        GgmlType::BF16 => Format::Bf16,
+    }
+}
+
+/// Places matrices one after the other before the arena exists, then packs them.
+struct Packer<'a> {
+    gguf: &'a Gguf,
+    sources: Vec<(Layout, usize, Stack<'a>)>,
+    bytes: usize,
+}
+
+impl<'a> Packer<'a> {
+    fn tensor(&self, weight: Weight) -> Result<TensorView<'a>, BackendError> {
+        let name = weight.to_string();
+        self.gguf
+            .tensor(&name)
+            .ok_or_else(|| BackendError::Weights {
+                tensor: name,
+                reason: "is missing".to_owned(),
+            })
+    }
+
+    fn linear(&mut self, weights: &[Weight]) -> Result<Linear, BackendError> {
+        let mut linear = Linear::default();
+        let mut stack: Vec<TensorView<'a>> = Vec::new();
+        for &weight in weights {
+            let tensor = self.tensor(weight)?;
+            if stack
+                .last()
+                .is_some_and(|last| format(last.ty) != format(tensor.ty))
+            {
+                self.place(std::mem::take(&mut stack), &mut linear)?;
+            }
+            stack.push(tensor);
+        }
+        self.place(stack, &mut linear)?;
+        Ok(linear)
+    }
+
+    fn place(
+        &mut self,
+        tensors: Vec<TensorView<'a>>,
+        linear: &mut Linear,
+    ) -> Result<(), BackendError> {
+        let Some(first) = tensors.first() else {
+            return Ok(());
+        };
+        let (k, ty) = (first.shape[1], first.ty);
+        let n = tensors.iter().map(|tensor| tensor.shape[0]).sum();
+        let stack = Stack { tensors };
+        let layout = Layout::new(n, k, format(ty)).map_err(|error| stack.error(error))?;
+        linear.parts.push(Placed {
+            layout,
+            offset: self.bytes,
+        });
+        linear.width += n;
+        self.sources.push((layout, self.bytes, stack));
+        self.bytes += layout.bytes().next_multiple_of(64);
+        Ok(())
+    }
+
+    fn vector(&self, weight: Weight) -> Result<Vec<f32>, BackendError> {
+        let tensor = self.tensor(weight)?;
+        let mut out = vec![0.0; tensor.shape.iter().product()];
+        shoal_gguf::dequantize(tensor.ty, tensor.data, &mut out);
+        Ok(out)
+    }
+
+    fn layer(&mut self, spec: &ModelSpec, layer: usize) -> Result<Layer, BackendError> {
+        use LayerWeight::{
+            AttnNorm, AttnOutput, Down, FfnNorm, Gate, K, KBias, KNorm, Q, QBias, QNorm, Up, V,
+            VBias,
+        };
+        let at = |weight| Weight::Layer(layer, weight);
+        let optional = |there: bool, weights: &[LayerWeight]| {
+            let weights = weights.iter().filter(|_| there);
+            let vectors = weights.map(|&weight| self.vector(at(weight)));
+            vectors.collect::<Result<Vec<_>, _>>().map(|v| v.concat())
+        };
+        Ok(Layer {
+            attn_norm: self.vector(at(AttnNorm))?,
+            qkv_bias: optional(spec.qkv_bias, &[QBias, KBias, VBias])?,
+            q_norm: optional(spec.qk_norm, &[QNorm])?,
+            k_norm: optional(spec.qk_norm, &[KNorm])?,
+            ffn_norm: self.vector(at(FfnNorm))?,
+            qkv: self.linear(&[at(Q), at(K), at(V)])?,
+            attn_output: self.linear(&[at(AttnOutput)])?,
+            gate_up: self.linear(&[at(Gate), at(Up)])?,
+            down: self.linear(&[at(Down)])?,
+        })
+    }
+}
+
+impl Weights {
+    pub(super) fn load(
+        gguf: &Gguf,
+        spec: &ModelSpec,
+        pool: &mut Pool,
+    ) -> Result<Self, BackendError> {
+        let mut packer = Packer {
+            gguf,
+            sources: Vec::new(),
+            bytes: 0,
+        };
+        let embedding = match spec.tied_head {
+            true => None,
+            false => Some(packer.linear(&[Weight::Embedding])?),
+        };
+        let layers = (0..spec.n_layer)
+            .map(|layer| packer.layer(spec, layer))
+            .collect::<Result<Vec<_>, _>>()?;
+        let output_norm = packer.vector(Weight::OutputNorm)?;
+        let head = packer.linear(&[if spec.tied_head {
+            Weight::Embedding
+        } else {
+            Weight::Head
+        }])?;
+        let mut arena =
+            Arena::new(packer.bytes).map_err(|error| BackendError::Device(Box::new(error)))?;
+        for (layout, offset, stack) in &packer.sources {
+            let out = &mut arena.as_mut_slice()[*offset..offset + layout.bytes()];
+            let packed = match layout.format().precision() {
+                Precision::Int8 => layout.pack(pool, stack, out),
+                Precision::F32 => layout.pack_floats(pool, |row, out| stack.floats(row, out), out),
+            };
+            packed.map_err(|error| stack.error(error))?;
+        }
+        Ok(Self {
+            arena,
+            layers,
+            output_norm,
+            head,
+            embedding,
+        })
+    }
+
+    /// `out[row * width..]` takes `linear` of row `row` of `acts`.
+    pub(super) fn apply(
+        &self,
+        linear: &Linear,
+        (pool, isa): (&mut Pool, Isa),
+        acts: &Activations,
+        rows: usize,
+        out: &mut [f32],
+        write: Write,
+    ) {
+        let data =
+            |part: &Placed| &self.arena.as_slice()[part.offset..part.offset + part.layout.bytes()];
+        let matrices: Vec<Matrix<'_>> = linear
+            .parts
+            .iter()
+            .map(|part| Matrix::new(part.layout, data(part)))
+            .collect();
+        multiply(pool, isa, &matrices, acts, rows, out, write);
+    }
+
+    /// One linear map of every layer.
+    pub(super) fn each<'a>(
+        &'a self,
+        of: impl Fn(&'a Layer) -> &'a Linear,
+    ) -> impl Iterator<Item = &'a Linear> {
+        self.layers.iter().map(of)
+    }
+
+    /// The embedding of a token.
+    pub(super) fn embed(&self, token: u32, out: &mut [f32]) {
+        let linear = self.embedding.as_ref().unwrap_or(&self.head);
+        let mut row = token as usize;
+        for part in &linear.parts {
+            if row < part.layout.n() {
+                let data = &self.arena.as_slice()[part.offset..part.offset + part.layout.bytes()];
+                return part.layout.unpack_row(data, row, out);
+            }
+            row -= part.layout.n();
+        }
+    }
+}
+
+/// Whether the kernels can take inputs of this width.
+pub(super) fn fits(width: usize) -> bool {
+    width.is_multiple_of(TILE)
+}
