@@ -385,6 +385,7 @@ impl Session {
             }
             Up::Ping(ping) => {
                 self.send(Down::Pong(Pong {
+                    load: None,
                     nonce: ping.nonce,
                     step: self.step,
                 }))

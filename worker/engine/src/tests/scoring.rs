@@ -16,7 +16,7 @@ fn every_prompt_token_is_scored_once_by_its_predecessors() {
     let prompt: Vec<u32> = (0..90).map(|i| i * 11 % 40).collect();
     let whole = alone(scored(1, prompt.clone(), 0), 40, 256);
     assert_eq!(whole.finish(), Some(Finish::Length));
-    assert_eq!(whole.tokens, []);
+    assert!(whole.tokens.is_empty());
     assert_eq!(whole.prompt_logprobs.len(), 90);
     let first = Logprob {
         logprob: None,
