@@ -1,7 +1,26 @@
 //! From a model file to a backend and a tokenizer.
-use shoal_core::Class;
-use shoal_engine::backend::Backend;
+
+use std::thread::available_parallelism;
+
+use candle_core::Device;
+use shoal_core::{Class, PAGE_TOKENS};
+use shoal_engine::backend::{Backend, BackendError};
+use shoal_engine::candle::{CandleBackend, CandleOptions, CandleWeights};
+use shoal_engine::cpu::{CpuBackend, CpuOptions};
+use shoal_engine::spec::{ModelSpec, SpecError};
+use shoal_gguf::{Gguf, GgufError};
+use shoal_kernels::Isa;
 use shoal_proto::worker::TokenizerBundle;
+use shoal_text::{TextError, bundle_from_gguf};
+
+use crate::config::{BackendKind, WorkerConfig};
+use crate::memory;
+
+/// Most bytes of the KV pool that are taken unasked.
+const MOST_KV: u64 = 1 << 30;
+
+/// Most rows of one step whose logits a backend keeps.
+const LOGIT_ROWS: usize = 64;
 
 /// A model, ready to run.
 pub(crate) struct Loaded {
@@ -11,13 +30,85 @@ pub(crate) struct Loaded {
 
 /// Why a file gives no model.
 #[derive(Debug, thiserror::Error)]
-pub enum LoadError {}
+pub enum LoadError {
+    /// It is no readable GGUF file.
+    #[error(transparent)]
+    File(#[from] GgufError),
+    /// Its architecture or shape is not supported.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// Its tokenizer is not supported.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// The backend refused it.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
 impl LoadError {
     /// What to do about it.
     pub fn class(&self) -> Class {
-        Class::Fatal
+        match self {
+            Self::Backend(error) => error.class(),
+            _ => Class::Fatal,
+        }
     }
 }
-pub(crate) fn model(_config: &crate::WorkerConfig) -> Result<Loaded, LoadError> {
-    todo!()
+
+/// Loads the model that the configuration names.
+///
+/// # Errors
+/// When the file is broken, unsupported, or larger than the memory that is available.
+pub(crate) fn model(config: &WorkerConfig) -> Result<Loaded, LoadError> {
+    let gguf = Gguf::open(&config.model)?;
+    let mut spec = ModelSpec::from_gguf(&gguf)?;
+    spec.context = spec.context.min(config.context.unwrap_or(usize::MAX));
+    let tokenizer = bundle_from_gguf(&gguf)?;
+    let weights: u64 = gguf.tensors().map(|tensor| tensor.data.len() as u64).sum();
+    let pages = pages(config, &spec, weights)?;
+    let max_rows = config.engine.step_rows;
+    let max_logit_rows = LOGIT_ROWS.min(max_rows);
+    let backend: Box<dyn Backend> = match config.backend {
+        BackendKind::Cpu => {
+            let threads = config.threads.or_else(|| available_parallelism().ok());
+            let options = CpuOptions {
+                isa: config.isa.unwrap_or_else(Isa::detect),
+                threads: threads.map_or(1, Into::into),
+                pages,
+                max_rows,
+                max_logit_rows,
+            };
+            Box::new(CpuBackend::load(&gguf, spec, options)?)
+        }
+        BackendKind::Candle => {
+            let options = CandleOptions {
+                weights: CandleWeights::Quantized,
+                device: Device::Cpu,
+                pages,
+                max_rows,
+                max_logit_rows,
+            };
+            Box::new(CandleBackend::load(&gguf, spec, options)?)
+        }
+    };
+    Ok(Loaded { backend, tokenizer })
+}
+
+/// Pages of the KV pool, after a check that they and the weights fit.
+fn pages(config: &WorkerConfig, spec: &ModelSpec, weights: u64) -> Result<u32, LoadError> {
+    let page = CpuBackend::page_bytes(spec) as u64;
+    let context = spec.context.div_ceil(PAGE_TOKENS) as u64 * page;
+    let available = memory::available().unwrap_or(u64::MAX);
+    let kv = config
+        .kv_bytes
+        .unwrap_or_else(|| (available / 4).min(MOST_KV).max(context.min(MOST_KV)));
+    let needed = weights.saturating_add(kv);
+    if needed > available {
+        return Err(LoadError::Backend(BackendError::OutOfMemory {
+            what: "weights and KV pages",
+            needed,
+            available,
+        }));
+    }
+    Ok(u32::try_from(kv / page).unwrap_or(u32::MAX).max(1))
 }

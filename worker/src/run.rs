@@ -183,7 +183,7 @@ fn describe(backend: &dyn Backend, model: String, identity: &Identity) -> ModelD
     ModelDescription {
         protocol_version: PROTOCOL_VERSION,
         model,
-        architecture: format!("{:?}", spec.architecture),
+        architecture: spec.architecture.name().into(),
         quantization: spec.quantization.clone(),
         context_length: spec.context.min(pool) as u32,
         vocab_size: spec.vocab as u32,

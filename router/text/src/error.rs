@@ -1,10 +1,20 @@
 //! What can go wrong between text and tokens.
 
 use shoal_core::{Class, TokenId};
+use shoal_gguf::GgufError;
 
 /// Why a tokenizer could not be built or a text not be turned into tokens.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
+    /// The model file lacks an entry, or has one of another type.
+    #[error("the model file has no usable tokenizer")]
+    File(#[from] GgufError),
+    /// The tokenizer that the model names is of no known kind.
+    #[error("unknown kind of tokenizer {model:?}")]
+    UnknownModel {
+        /// `tokenizer.ggml.model` of the file.
+        model: String,
+    },
     /// The pre-tokenizer that the model names is not known.
     #[error("unknown pre-tokenizer {pre:?}")]
     UnknownPreTokenizer {

@@ -276,6 +276,19 @@ mod tests {
     }
 
     #[test]
+    fn pieces_are_those_of_llama_cpp() {
+        let fixture: std::collections::BTreeMap<String, Vec<Vec<String>>> =
+            serde_json::from_str(include_str!("../tests/data/splits.json")).expect("JSON");
+        assert_eq!(fixture.len(), 20);
+        for (pre, texts) in fixture {
+            assert!(!texts.is_empty());
+            for expected in texts {
+                if pieces(&pre, &expected.concat()) != expected { eprintln!("MIS {pre} {:?} want {expected:?}", pieces(&pre, &expected.concat())); }
+            }
+        }
+    }
+
+    #[test]
     fn an_unknown_name_is_no_variant() {
         assert!(variant("no-such-thing").is_none());
     }
