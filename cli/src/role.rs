@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use shoal_fabric::membership::Membership;
 use shoal_fabric::shutdown::{Phase, Shutdown};
 use shoal_router::{RouterArgs, RouterConfig};
 
-use crate::config::{ConfigError, ConfigFile, RouterSettings, StoreSettings, WorkerSettings};
+use crate::config::{ConfigError, RouterSettings, WorkerSettings};
 use crate::error::{CliError, chain};
 use crate::store::{ModelSource, Store};
 use crate::up::{Control, Report};
@@ -16,7 +17,8 @@ pub(crate) async fn router(settings: RouterSettings, supervised: bool) -> Result
     let run = async {
         let mut args = RouterArgs::try_from(settings)?;
         if let Some(control) = &control {
-            args.membership = Some(control.clone());
+            let members: Arc<dyn Membership> = control.clone();
+            args.membership = Some(members);
         }
         let config = RouterConfig::try_from(args)?;
         Ok(shoal_router::run(config, shutdown.clone()).await?)
@@ -61,6 +63,7 @@ async fn report_to(
     };
     let mut phase = shutdown.phase();
     let follow = async {
+        use std::io::Result;
         let mut told = Phase::default();
         loop {
             let now = *phase.borrow_and_update();
@@ -72,14 +75,14 @@ async fn report_to(
             }
             told = now;
             if phase.changed().await.is_err() {
-                return std::future::pending().await;
+                return std::future::pending::<Result<()>>().await;
             }
         }
     };
     tokio::pin!(run);
     let result = tokio::select! {
         result = &mut run => result,
-        Err(source) = follow as _ => Err(CliError::Supervisor(source)),
+        Err(source) = follow => Err(CliError::Supervisor(source)),
     };
     if let Err(error) = &result {
         // Where the supervisor is gone, the exit status alone tells.

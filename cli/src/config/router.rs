@@ -19,7 +19,12 @@ pub(crate) struct RouterSettings {
     pub(crate) listen: Option<SocketAddr>,
 
     /// The workers
-    #[arg(long, env = "SHOAL_ROUTER_WORKERS", value_name = "HOST:PORT,…", value_delimiter = ',')]
+    #[arg(
+        long,
+        env = "SHOAL_ROUTER_WORKERS",
+        value_name = "HOST:PORT,…",
+        value_delimiter = ','
+    )]
     pub(crate) workers: Option<Vec<String>>,
 
     /// File of hashed API keys (TOML); without it every caller is the tenant `default`
@@ -101,6 +106,7 @@ impl TryFrom<RouterSettings> for RouterArgs {
             listen: raw.listen.unwrap_or(default.listen),
             tls: tls::server("router", raw.tls_cert, raw.tls_key, raw.tls_client_ca)?,
             workers: raw.workers.unwrap_or(default.workers),
+            membership: None,
             worker_tls: tls::client(
                 "router",
                 raw.worker_ca,
