@@ -1,5 +1,7 @@
 //! Every setting as flag, variable and key, and which of them wins.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use support::{command, shoal};
