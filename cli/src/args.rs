@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::bench;
 use crate::chat::ChatArgs;
-use crate::config::{LogSettings, StoreSettings};
+use crate::config::{LogSettings, RouterSettings, StoreSettings, UpSettings, WorkerSettings};
 use crate::store::ModelSource;
 
 const ABOUT: &str = "Serves quantized language models from a cluster, on one machine or many";
@@ -40,6 +40,31 @@ pub(crate) struct Cli {
 /// What to do.
 #[derive(Subcommand, Debug)]
 pub(crate) enum Command {
+    /// Run a whole cluster on this machine: a router and workers under one supervisor
+    #[command(after_help = "\
+Examples:
+  shoal up
+  shoal up --model model.gguf --replicas 2 --listen 0.0.0.0:8080
+  SHOAL_WORKER_THREADS=4 shoal up --config shoal.toml
+
+The router and the workers take their own settings from their environment variables and from the
+sections [router] and [worker] of the configuration file.")]
+    Up(UpArgs),
+
+    /// Run a router: the OpenAI HTTP API and gRPC before workers
+    #[command(after_help = "\
+Examples:
+  shoal router --workers 127.0.0.1:9090
+  shoal router --workers gpu-0:9090,gpu-1:9090 --listen 0.0.0.0:8080 --api-keys keys.toml")]
+    Router(RouterCommand),
+
+    /// Run a worker: the engine of one model
+    #[command(after_help = "\
+Examples:
+  shoal worker
+  shoal worker --model model.gguf --listen 0.0.0.0:9090 --threads 8 --kv-size 2GiB")]
+    Worker(WorkerCommand),
+
     /// Chat with a served model in the terminal
     #[command(after_help = "\
 Examples:
@@ -57,6 +82,53 @@ Where standard input is not a terminal, each of its lines is one prompt.")]
     /// Measure a served model
     #[command(subcommand)]
     Bench(BenchCommand),
+}
+
+/// Options of `shoal up`.
+#[derive(Args, Debug)]
+pub(crate) struct UpArgs {
+    #[command(flatten)]
+    pub(crate) settings: UpSettings,
+
+    #[command(flatten)]
+    pub(crate) store: StoreSettings,
+
+    /// Print the settings as TOML and end
+    #[arg(long)]
+    pub(crate) print_config: bool,
+}
+
+/// Options of `shoal router`.
+#[derive(Args, Debug)]
+pub(crate) struct RouterCommand {
+    #[command(flatten)]
+    pub(crate) settings: RouterSettings,
+
+    /// Print the settings as TOML and end
+    #[arg(long)]
+    pub(crate) print_config: bool,
+
+    /// Standard input is the line to a supervisor
+    #[arg(long, hide = true)]
+    pub(crate) supervised: bool,
+}
+
+/// Options of `shoal worker`.
+#[derive(Args, Debug)]
+pub(crate) struct WorkerCommand {
+    #[command(flatten)]
+    pub(crate) settings: WorkerSettings,
+
+    #[command(flatten)]
+    pub(crate) store: StoreSettings,
+
+    /// Print the settings as TOML and end
+    #[arg(long)]
+    pub(crate) print_config: bool,
+
+    /// Standard input is the line to a supervisor
+    #[arg(long, hide = true)]
+    pub(crate) supervised: bool,
 }
 
 /// What to do with model files.

@@ -7,11 +7,14 @@ use std::path::PathBuf;
 use shoal_core::Class;
 use shoal_fabric::telemetry::TelemetryError;
 use shoal_gguf::GgufError;
+use shoal_router::RouterError;
+use shoal_worker::WorkerError;
 
 use crate::bench::BenchError;
 use crate::chat::ChatError;
 use crate::config::ConfigError;
 use crate::store::StoreError;
+use crate::up::UpError;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +32,20 @@ pub(crate) enum CliError {
     #[error("{path} is no usable model")]
     Model { path: PathBuf, source: GgufError },
     #[error(transparent)]
+    Router(#[from] RouterError),
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    #[error(transparent)]
+    Up(#[from] UpError),
+    #[error("signals cannot be caught")]
+    Signals(#[source] io::Error),
+    #[error("the supervisor cannot be reached")]
+    Supervisor(#[source] io::Error),
+    #[error("a task failed")]
+    Task(#[from] tokio::task::JoinError),
+    #[error("the settings cannot be printed")]
+    Print(#[from] toml::ser::Error),
+    #[error(transparent)]
     Chat(#[from] ChatError),
     #[error(transparent)]
     Bench(#[from] BenchError),
@@ -40,7 +57,15 @@ impl CliError {
         match self {
             Self::Config(error) => error.class(),
             Self::Log(error) => error.class(),
-            Self::Runtime(_) | Self::Output(_) => Class::Fatal,
+            Self::Runtime(_)
+            | Self::Output(_)
+            | Self::Signals(_)
+            | Self::Supervisor(_)
+            | Self::Task(_)
+            | Self::Print(_) => Class::Fatal,
+            Self::Router(error) => error.class(),
+            Self::Worker(error) => error.class(),
+            Self::Up(error) => error.class(),
             Self::Store(error) => error.class(),
             Self::Model { source, .. } => source.class(),
             Self::Chat(error) => error.class(),

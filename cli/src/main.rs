@@ -10,15 +10,18 @@ mod config;
 mod error;
 mod inspect;
 mod model;
+mod role;
 mod store;
+mod up;
 
 use std::process::ExitCode;
+use std::time::Instant;
 
 use clap::Parser;
 use shoal_core::Class;
 
 use args::{BenchCommand, Cli, Command, ModelCommand};
-use config::{ConfigFile, LogSettings};
+use config::{ConfigFile, LogSettings, Section};
 use error::CliError;
 
 pub(crate) use error::chain;
@@ -27,7 +30,8 @@ pub(crate) use error::chain;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    let started = Instant::now();
+    match run(Cli::parse(), started) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", chain(&error));
@@ -42,13 +46,44 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<(), CliError> {
+fn run(cli: Cli, started: Instant) -> Result<(), CliError> {
     let file = match &cli.config {
         Some(path) => ConfigFile::load(path)?,
         None => ConfigFile::default(),
     };
     let log = file.merge(&cli.log)?;
     match cli.command {
+        Command::Up(args) => {
+            let settings = file.merge(&args.settings)?;
+            if args.print_config {
+                return print_config(&settings);
+            }
+            let log = log.config("info")?;
+            shoal_fabric::telemetry::init(&log)?;
+            let (router, worker) = (file.ambient()?, file.ambient()?);
+            let source = settings.source(&worker)?;
+            let model = model::store(&args.store, &file)?.resolve(&source)?;
+            let path = cli.config.as_deref();
+            let config = settings.config(model, path, &log, &router, &worker)?;
+            block_on(up::run(config, started))?;
+        }
+        Command::Router(args) => {
+            let settings = file.merge(&args.settings)?;
+            if args.print_config {
+                return print_config(&settings);
+            }
+            start_log(log, "info")?;
+            block_on(role::router(settings, args.supervised))?;
+        }
+        Command::Worker(args) => {
+            let settings = file.merge(&args.settings)?;
+            if args.print_config {
+                return print_config(&settings);
+            }
+            start_log(log, "info")?;
+            let store = model::store(&args.store, &file)?;
+            block_on(role::worker(settings, store, args.supervised))?;
+        }
         Command::Chat(args) => {
             start_log(log, "warn")?;
             block_on(chat::run(args))?;
@@ -71,6 +106,12 @@ fn run(cli: Cli) -> Result<(), CliError> {
         }
     }
     Ok(())
+}
+
+/// The settings in force, as a configuration file would have them.
+fn print_config<S: Section>(settings: &S) -> Result<(), CliError> {
+    let text = toml::to_string(settings)?;
+    model::print(|out| write!(out, "[{}]\n{text}", S::NAME))
 }
 
 fn start_log(settings: LogSettings, default: &str) -> Result<(), CliError> {

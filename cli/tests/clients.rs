@@ -1,11 +1,16 @@
 //! `shoal chat` and `shoal bench serve` as processes.
 
+#![allow(clippy::unwrap_used)]
+
+#[path = "support/echo.rs"]
+mod echo;
 mod support;
 
 use std::io::{BufRead, BufReader, Read, Write};
 
+use echo::{Asked, echo};
 use shoal_proto::inference::generate_request::Prompt;
-use support::{Asked, echo, shoal};
+use support::shoal;
 
 /// (role, content) of each message of the `n`-th request.
 fn messages(asked: &Asked, n: usize) -> Vec<(String, String)> {

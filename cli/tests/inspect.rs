@@ -1,5 +1,7 @@
 //! `shoal model inspect` as a process.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::path::Path;

@@ -1,9 +1,9 @@
 //! The settings of a router.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use shoal_fabric::{
-    membership::Endpoint,
+    membership::{Endpoint, Membership, StaticMembership},
     net::{ClientConfig, Limits, ListenConfig},
     tls::{ClientTls, ServerTls},
 };
@@ -19,6 +19,8 @@ pub struct RouterArgs {
     pub tls: Option<ServerTls>,
     /// The workers, each `host:port`.
     pub workers: Vec<String>,
+    /// Tells who the workers are, in the place of `workers`.
+    pub membership: Option<Arc<dyn Membership>>,
     /// TLS towards the workers; plain text without it.
     pub worker_tls: Option<ClientTls>,
     /// TOML file of hashed API keys (see [`ApiKeys`]); without it every caller is tenant
@@ -49,6 +51,7 @@ impl Default for RouterArgs {
             listen: ([127, 0, 0, 1], 8080).into(),
             tls: None,
             workers: Vec::new(),
+            membership: None,
             worker_tls: None,
             api_keys: None,
             max_running: 256,
@@ -67,7 +70,7 @@ impl Default for RouterArgs {
 #[derive(Clone, Debug)]
 pub struct RouterConfig {
     pub(crate) listen: ListenConfig,
-    pub(crate) workers: Vec<Endpoint>,
+    pub(crate) membership: Arc<dyn Membership>,
     pub(crate) link: LinkConfig,
     pub(crate) keys: Option<ApiKeys>,
     pub(crate) admission: admission::Limits,
@@ -86,7 +89,8 @@ impl TryFrom<RouterArgs> for RouterConfig {
                 .then_some(())
                 .ok_or(RouterError::Setting { setting, expected })
         };
-        check(!args.workers.is_empty(), "workers", "at least one")?;
+        let known = args.membership.is_some() || !args.workers.is_empty();
+        check(known, "workers", "at least one")?;
         check(args.max_running > 0, "max_running", "at least 1")?;
         check(
             args.max_body_bytes >= 1024,
@@ -110,13 +114,14 @@ impl TryFrom<RouterArgs> for RouterConfig {
             )?;
         }
         let workers: Result<Vec<Endpoint>, _> = args.workers.iter().map(|w| w.parse()).collect();
+        let workers = StaticMembership::new(workers?);
         Ok(Self {
             listen: ListenConfig {
                 address: args.listen,
                 tls: args.tls,
                 limits: Limits::default(),
             },
-            workers: workers?,
+            membership: args.membership.unwrap_or(Arc::new(workers)),
             link: LinkConfig {
                 client: ClientConfig {
                     tls: args.worker_tls,

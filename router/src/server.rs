@@ -3,7 +3,6 @@
 use std::{net::SocketAddr, sync::Arc};
 
 use shoal_fabric::{
-    membership::StaticMembership,
     metrics::Registry,
     net::{self, Listener},
     shutdown::Shutdown,
@@ -53,8 +52,7 @@ impl Server {
     pub async fn serve(self, shutdown: Shutdown) -> Result<(), RouterError> {
         let Self { listener, config } = self;
         // Links outlive the shutdown's start: open answers still need them.
-        let membership = StaticMembership::new(config.workers);
-        let cluster = Cluster::start(&membership, config.link, &shutdown);
+        let cluster = Cluster::start(config.membership.as_ref(), config.link, &shutdown);
         let admission = Admission::new(config.admission);
         let registry = Registry::default();
         let metrics = Metrics::new(&registry);
@@ -81,7 +79,9 @@ impl Server {
             .await;
         let app = api::app(service.clone(), &registry, health)?;
         let reporting = shutdown.spawn(report(service, reporter));
-        tracing::info!(address = ?listener.local_addr(), "router listens");
+        let address = listener.local_addr().map_err(RouterError::Address)?;
+        tracing::info!(%address, "router listens");
+        shutdown.listening(address);
         net::serve(listener, app, shutdown.token()).await;
         cluster.stop();
         reporting.abort();
@@ -102,6 +102,7 @@ async fn report(service: Arc<Service>, reporter: HealthReporter) {
     let mut changes = service.cluster.watch();
     loop {
         let status = if service.is_ready() {
+            service.shutdown.ready();
             ServingStatus::Serving
         } else {
             ServingStatus::NotServing

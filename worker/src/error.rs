@@ -13,6 +13,9 @@ pub enum WorkerError {
     /// It cannot listen.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// The socket's address.
+    #[error("the listener's address")]
+    Address(#[source] std::io::Error),
     /// gRPC reflection cannot be set up.
     #[error("gRPC reflection")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -57,6 +60,7 @@ impl WorkerError {
             Self::Engine(error) => error.class(),
             Self::WarmUp(_)
             | Self::FirstRun { .. }
+            | Self::Address(_)
             | Self::Reflection(_)
             | Self::LoadThread(_)
             | Self::LoadBroken => Class::Fatal,

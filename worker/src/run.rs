@@ -43,6 +43,8 @@ use crate::{
 pub async fn run(config: WorkerConfig, shutdown: Shutdown) -> Result<(), WorkerError> {
     config.validate()?;
     let listener = net::bind(&config.listen).await?;
+    let address = listener.local_addr().map_err(WorkerError::Address)?;
+    shutdown.listening(address);
     serve(config, listener, shutdown, load::model).await
 }
 
@@ -123,6 +125,7 @@ async fn live(
         "ready"
     );
     worker.ready(serving);
+    worker.shutdown.ready();
     let serve = async {
         shutdown.cancelled().await;
         tracing::info!("draining");

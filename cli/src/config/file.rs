@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
-use super::{ConfigError, LogSettings, StoreSettings};
+use super::{ConfigError, LogSettings, RouterSettings, StoreSettings, UpSettings, WorkerSettings};
 
 /// The settings of one subsystem, as a user gives them: every field is optional, its name is the
 /// TOML key, and clap knows its flag and its environment variable.
@@ -23,7 +23,13 @@ fn sections() -> Vec<(&'static str, Vec<String>)> {
         let ids = command.get_arguments().map(|arg| arg.get_id().to_string());
         (S::NAME, ids.collect())
     }
-    vec![keys::<LogSettings>(), keys::<StoreSettings>()]
+    vec![
+        keys::<LogSettings>(),
+        keys::<StoreSettings>(),
+        keys::<UpSettings>(),
+        keys::<RouterSettings>(),
+        keys::<WorkerSettings>(),
+    ]
 }
 
 /// A TOML file whose keys are all known; empty where none is given.
@@ -57,6 +63,15 @@ impl ConfigFile {
             path: path.to_owned(),
             table,
         })
+    }
+
+    /// The section's settings where the command line has no flags for them: the environment's,
+    /// else the file's.
+    pub(crate) fn ambient<S: Section>(&self) -> Result<S, ConfigError> {
+        let command = S::augment_args(Command::new(S::NAME).no_binary_name(true));
+        let matches = command.try_get_matches_from([""; 0]);
+        let given = matches.and_then(|matches| S::from_arg_matches(&matches));
+        self.merge(&given.map_err(ConfigError::Environment)?)
     }
 
     /// The section's settings: `given` by flag or environment, else the file's.

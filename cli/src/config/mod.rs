@@ -6,7 +6,14 @@
 
 mod file;
 mod log;
+mod router;
 mod store;
+#[cfg(test)]
+mod tests;
+mod tls;
+mod up;
+mod values;
+mod worker;
 
 use std::io;
 use std::path::PathBuf;
@@ -15,7 +22,12 @@ use shoal_core::Class;
 
 pub(crate) use file::{ConfigFile, Section};
 pub(crate) use log::LogSettings;
+pub(crate) use router::RouterSettings;
 pub(crate) use store::StoreSettings;
+pub(crate) use up::UpSettings;
+pub(crate) use worker::WorkerSettings;
+
+use crate::store::SourceError;
 
 /// Why the settings do not hold.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +54,19 @@ pub(crate) enum ConfigError {
         key: String,
         message: String,
     },
+    #[error("{section}: expected {expected}")]
+    Incomplete {
+        section: &'static str,
+        expected: &'static str,
+    },
+    #[error("the model's name is wrong")]
+    Model(#[from] SourceError),
+    #[error(transparent)]
+    Worker(#[from] shoal_worker::ConfigError),
+    #[error("replicas must be at least 1")]
+    NoReplicas,
+    #[error("the environment holds a wrong value")]
+    Environment(#[source] clap::Error),
     #[error("the settings cannot be merged")]
     Merge(#[source] toml::ser::Error),
     #[error("the settings cannot be merged")]

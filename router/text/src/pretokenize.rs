@@ -283,7 +283,12 @@ mod tests {
         for (pre, texts) in fixture {
             assert!(!texts.is_empty());
             for expected in texts {
-                if pieces(&pre, &expected.concat()) != expected { eprintln!("MIS {pre} {:?} want {expected:?}", pieces(&pre, &expected.concat())); }
+                if pieces(&pre, &expected.concat()) != expected {
+                    eprintln!(
+                        "MIS {pre} {:?} want {expected:?}",
+                        pieces(&pre, &expected.concat())
+                    );
+                }
             }
         }
     }

@@ -1,0 +1,128 @@
+//! `[router]`: the settings of a router.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use shoal_router::RouterArgs;
+
+use super::values::Time;
+use super::{ConfigError, Section, tls};
+
+/// A router's settings as flags, variables and the file give them.
+#[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
+#[command(next_help_heading = "Router")]
+pub(crate) struct RouterSettings {
+    /// Address of the OpenAI HTTP API and gRPC; port 0 takes a free one [default: 127.0.0.1:8080]
+    #[arg(long, env = "SHOAL_ROUTER_LISTEN", value_name = "ADDRESS")]
+    pub(crate) listen: Option<SocketAddr>,
+
+    /// The workers
+    #[arg(
+        long,
+        env = "SHOAL_ROUTER_WORKERS",
+        value_name = "HOST:PORT,…",
+        value_delimiter = ','
+    )]
+    pub(crate) workers: Option<Vec<String>>,
+
+    /// File of hashed API keys (TOML); without it every caller is the tenant `default`
+    #[arg(long, env = "SHOAL_ROUTER_API_KEYS", value_name = "FILE")]
+    pub(crate) api_keys: Option<PathBuf>,
+
+    /// Most sequences at the workers at one time [default: 256]
+    #[arg(long, env = "SHOAL_ROUTER_MAX_RUNNING", value_name = "N")]
+    pub(crate) max_running: Option<u32>,
+
+    /// Most requests that wait for that; further ones are refused [default: 1024]
+    #[arg(long, env = "SHOAL_ROUTER_MAX_WAITING", value_name = "N")]
+    pub(crate) max_waiting: Option<u32>,
+
+    /// Largest body of a request [default: 8388608]
+    #[arg(long, env = "SHOAL_ROUTER_MAX_BODY_BYTES", value_name = "BYTES")]
+    pub(crate) max_body_bytes: Option<usize>,
+
+    /// Deadline of a request that brings none, and the longest it may bring [default: 10m]
+    #[arg(long, env = "SHOAL_ROUTER_REQUEST_TIMEOUT", value_name = "TIME")]
+    pub(crate) request_timeout: Option<Time>,
+
+    /// Output tokens of a request that sets no limit [default: as many as the context holds]
+    #[arg(long, env = "SHOAL_ROUTER_DEFAULT_MAX_TOKENS", value_name = "N")]
+    pub(crate) default_max_tokens: Option<u32>,
+
+    /// How long a request whose worker was lost waits for another one [default: 30s]
+    #[arg(long, env = "SHOAL_ROUTER_RESUME_WINDOW", value_name = "TIME")]
+    pub(crate) resume_window: Option<Time>,
+
+    /// A worker that says nothing for so long is taken for dead [default: 10s]
+    #[arg(long, env = "SHOAL_ROUTER_WORKER_SILENCE", value_name = "TIME")]
+    pub(crate) worker_silence: Option<Time>,
+
+    /// A worker with work that finishes no step for so long is taken for hung [default: 1m]
+    #[arg(long, env = "SHOAL_ROUTER_WORKER_STALL", value_name = "TIME")]
+    pub(crate) worker_stall: Option<Time>,
+
+    /// Certificate chain (PEM) of the listener; plain text without it
+    #[arg(long, env = "SHOAL_ROUTER_TLS_CERT", value_name = "FILE")]
+    pub(crate) tls_cert: Option<PathBuf>,
+
+    /// Key (PEM) of that certificate
+    #[arg(long, env = "SHOAL_ROUTER_TLS_KEY", value_name = "FILE")]
+    pub(crate) tls_key: Option<PathBuf>,
+
+    /// Authority (PEM) that clients' certificates must come from
+    #[arg(long, env = "SHOAL_ROUTER_TLS_CLIENT_CA", value_name = "FILE")]
+    pub(crate) tls_client_ca: Option<PathBuf>,
+
+    /// Authority (PEM) of the workers' certificates; plain text to workers without it
+    #[arg(long, env = "SHOAL_ROUTER_WORKER_CA", value_name = "FILE")]
+    pub(crate) worker_ca: Option<PathBuf>,
+
+    /// Certificate (PEM) to show to workers
+    #[arg(long, env = "SHOAL_ROUTER_WORKER_CERT", value_name = "FILE")]
+    pub(crate) worker_cert: Option<PathBuf>,
+
+    /// Key (PEM) of that certificate
+    #[arg(long, env = "SHOAL_ROUTER_WORKER_KEY", value_name = "FILE")]
+    pub(crate) worker_key: Option<PathBuf>,
+
+    /// Name that the workers' certificates must hold [default: the host they are reached at]
+    #[arg(long, env = "SHOAL_ROUTER_WORKER_DOMAIN", value_name = "NAME")]
+    pub(crate) worker_domain: Option<String>,
+}
+
+impl Section for RouterSettings {
+    const NAME: &'static str = "router";
+}
+
+impl TryFrom<RouterSettings> for RouterArgs {
+    type Error = ConfigError;
+
+    fn try_from(raw: RouterSettings) -> Result<Self, ConfigError> {
+        let default = RouterArgs::default();
+        let time = |given: Option<Time>, default| given.map_or(default, |time| time.0);
+        Ok(Self {
+            listen: raw.listen.unwrap_or(default.listen),
+            tls: tls::server("router", raw.tls_cert, raw.tls_key, raw.tls_client_ca)?,
+            workers: raw.workers.unwrap_or(default.workers),
+            membership: None,
+            worker_tls: tls::client(
+                "router",
+                raw.worker_ca,
+                raw.worker_cert,
+                raw.worker_key,
+                raw.worker_domain,
+            )?,
+            api_keys: raw.api_keys,
+            max_running: raw.max_running.unwrap_or(default.max_running),
+            max_waiting: raw.max_waiting.unwrap_or(default.max_waiting),
+            max_body_bytes: raw.max_body_bytes.unwrap_or(default.max_body_bytes),
+            request_timeout: time(raw.request_timeout, default.request_timeout),
+            default_max_tokens: raw.default_max_tokens.or(default.default_max_tokens),
+            resume_window: time(raw.resume_window, default.resume_window),
+            worker_silence: time(raw.worker_silence, default.worker_silence),
+            worker_stall: time(raw.worker_stall, default.worker_stall),
+        })
+    }
+}

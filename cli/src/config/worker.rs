@@ -1,0 +1,148 @@
+//! `[worker]`: the settings of a worker.
+
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use shoal_fabric::net::{Limits, ListenConfig};
+use shoal_worker::{WorkerConfig, parse_isa};
+
+use super::values::{Size, Time};
+use super::{ConfigError, Section, tls};
+
+/// A worker's settings as flags, variables and the file give them.
+#[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
+#[command(next_help_heading = "Worker")]
+pub(crate) struct WorkerSettings {
+    /// Model: a GGUF file, hf://ORG/REPO/FILE[@REVISION], or demo [default: demo]
+    #[arg(long, env = "SHOAL_WORKER_MODEL", value_name = "MODEL")]
+    pub(crate) model: Option<String>,
+
+    /// Name that clients ask for [default: the file's name without .gguf]
+    #[arg(long, env = "SHOAL_WORKER_NAME", value_name = "NAME")]
+    pub(crate) name: Option<String>,
+
+    /// Address of gRPC, probes and metrics; port 0 takes a free one [default: 127.0.0.1:9090]
+    #[arg(long, env = "SHOAL_WORKER_LISTEN", value_name = "ADDRESS")]
+    pub(crate) listen: Option<SocketAddr>,
+
+    /// What runs the model: cpu, or candle, the portable fallback [default: cpu]
+    #[arg(long, env = "SHOAL_WORKER_BACKEND", value_name = "BACKEND")]
+    pub(crate) backend: Option<String>,
+
+    /// Instruction set of the cpu backend: scalar, avx2 or avx512 [default: the machine's best]
+    #[arg(long, env = "SHOAL_ISA", value_name = "ISA")]
+    pub(crate) isa: Option<String>,
+
+    /// Threads that compute [default: one per CPU]
+    #[arg(long, env = "SHOAL_WORKER_THREADS", value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
+
+    /// Memory of the KV cache, such as 512MiB [default: a quarter of what is available, at most 1GiB]
+    #[arg(long, env = "SHOAL_WORKER_KV_SIZE", value_name = "SIZE")]
+    pub(crate) kv_size: Option<Size>,
+
+    /// Longest prompt and output together, in tokens [default: the model's]
+    #[arg(long, env = "SHOAL_WORKER_CONTEXT", value_name = "TOKENS")]
+    pub(crate) context: Option<usize>,
+
+    /// Most sequences that run at one time [default: 128]
+    #[arg(long, env = "SHOAL_WORKER_MAX_RUNNING", value_name = "N")]
+    pub(crate) max_running: Option<usize>,
+
+    /// Most sequences that wait; one more is refused [default: 1024]
+    #[arg(long, env = "SHOAL_WORKER_MAX_WAITING", value_name = "N")]
+    pub(crate) max_waiting: Option<usize>,
+
+    /// Most rows (tokens) of an engine step [default: 512]
+    #[arg(long, env = "SHOAL_WORKER_STEP_ROWS", value_name = "N")]
+    pub(crate) step_rows: Option<usize>,
+
+    /// Most prompt rows of an engine step [default: 256]
+    #[arg(long, env = "SHOAL_WORKER_PREFILL_CHUNK", value_name = "N")]
+    pub(crate) prefill_chunk: Option<usize>,
+
+    /// Prompts are added to a step only while it is expected to end within this [default: 50ms]
+    #[arg(long, env = "SHOAL_WORKER_ITL_TARGET", value_name = "TIME")]
+    pub(crate) itl_target: Option<Time>,
+
+    /// Time in the queue that counts as one level of priority [default: 10s]
+    #[arg(long, env = "SHOAL_WORKER_PRIORITY_AGING", value_name = "TIME")]
+    pub(crate) priority_aging: Option<Time>,
+
+    /// Whether prompts share the pages of their common beginnings [default: true]
+    #[arg(long, env = "SHOAL_WORKER_PREFIX_CACHE", value_name = "true|false",
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) prefix_cache: Option<bool>,
+
+    /// Most routers that are connected at one time [default: 256]
+    #[arg(long, env = "SHOAL_WORKER_MAX_SESSIONS", value_name = "N")]
+    pub(crate) max_sessions: Option<usize>,
+
+    /// Output that a router may leave unread before it is cut off [default: 64MiB]
+    #[arg(long, env = "SHOAL_WORKER_SESSION_BACKLOG", value_name = "SIZE")]
+    pub(crate) session_backlog: Option<Size>,
+
+    /// How long running sequences may go on after a signal [default: 30s]
+    #[arg(long, env = "SHOAL_WORKER_DRAIN", value_name = "TIME")]
+    pub(crate) drain: Option<Time>,
+
+    /// Certificate chain (PEM) of the listener; plain text without it
+    #[arg(long, env = "SHOAL_WORKER_TLS_CERT", value_name = "FILE")]
+    pub(crate) tls_cert: Option<PathBuf>,
+
+    /// Key (PEM) of that certificate
+    #[arg(long, env = "SHOAL_WORKER_TLS_KEY", value_name = "FILE")]
+    pub(crate) tls_key: Option<PathBuf>,
+
+    /// Authority (PEM) that routers' certificates must come from
+    #[arg(long, env = "SHOAL_WORKER_TLS_CLIENT_CA", value_name = "FILE")]
+    pub(crate) tls_client_ca: Option<PathBuf>,
+}
+
+impl Section for WorkerSettings {
+    const NAME: &'static str = "worker";
+}
+
+impl WorkerSettings {
+    /// The configuration of a worker that serves the file at `model`.
+    pub(crate) fn config(self, model: PathBuf) -> Result<WorkerConfig, ConfigError> {
+        let listen = ListenConfig {
+            address: self.listen.unwrap_or(([127, 0, 0, 1], 9090).into()),
+            tls: tls::server("worker", self.tls_cert, self.tls_key, self.tls_client_ca)?,
+            limits: Limits::default(),
+        };
+        let default = WorkerConfig::new(model, listen);
+        let time = |given: Option<Time>, default| given.map_or(default, |time| time.0);
+        let mut engine = default.engine;
+        engine.max_running = self.max_running.unwrap_or(engine.max_running);
+        engine.max_waiting = self.max_waiting.unwrap_or(engine.max_waiting);
+        engine.step_rows = self.step_rows.unwrap_or(engine.step_rows);
+        engine.prefill_chunk = self.prefill_chunk.unwrap_or(engine.prefill_chunk);
+        engine.itl_target = time(self.itl_target, engine.itl_target);
+        engine.priority_aging = time(self.priority_aging, engine.priority_aging);
+        engine.prefix_cache = self.prefix_cache.unwrap_or(engine.prefix_cache);
+        let backend = match self.backend {
+            Some(name) => name.parse()?,
+            None => default.backend,
+        };
+        Ok(WorkerConfig {
+            name: self.name,
+            backend,
+            isa: self.isa.as_deref().map(parse_isa).transpose()?,
+            threads: self.threads,
+            kv_bytes: self.kv_size.map(|size| size.0),
+            context: self.context,
+            engine,
+            max_sessions: self.max_sessions.unwrap_or(default.max_sessions),
+            session_backlog: match self.session_backlog {
+                Some(Size(bytes)) => usize::try_from(bytes).unwrap_or(usize::MAX),
+                None => default.session_backlog,
+            },
+            drain: time(self.drain, default.drain),
+            ..default
+        })
+    }
+}
