@@ -6,21 +6,20 @@ use serde::Serialize;
 use serde_json::Serializer;
 use serde_json::ser::{Formatter, PrettyFormatter};
 
-/// `value` as JSON: on one line, or with `indent` blanks per level.
-pub(crate) fn python(
+/// Writes `value` as JSON: on one line, or with `indent` blanks per level.
+pub(crate) fn write_python(
     value: &impl Serialize,
     indent: Option<usize>,
-) -> Result<String, serde_json::Error> {
-    let mut out = Vec::new();
+    out: &mut impl Write,
+) -> Result<(), serde_json::Error> {
     match indent {
-        None => value.serialize(&mut Serializer::with_formatter(&mut out, OneLine))?,
+        None => value.serialize(&mut Serializer::with_formatter(out, OneLine)),
         Some(width) => {
             let indent = vec![b' '; width.min(MAX_INDENT)];
             let layout = PrettyFormatter::with_indent(&indent);
-            value.serialize(&mut Serializer::with_formatter(&mut out, layout))?;
+            value.serialize(&mut Serializer::with_formatter(out, layout))
         }
     }
-    Ok(String::from_utf8_lossy(&out).into_owned())
 }
 
 const MAX_INDENT: usize = 16;
@@ -44,18 +43,24 @@ impl Formatter for OneLine {
 
 #[cfg(test)]
 mod tests {
-    use super::python;
-    use serde_json::json;
+    use super::write_python;
+    use serde_json::{Value, json};
+
+    fn python(value: &Value, indent: Option<usize>) -> String {
+        let mut out = Vec::new();
+        write_python(value, indent, &mut out).expect("JSON");
+        String::from_utf8(out).expect("JSON is UTF-8")
+    }
 
     #[test]
     fn the_layout_is_pythons() {
         let value = json!({"a": [1, 2.5, null], "b": {}, "c": "<é'\n>"});
         assert_eq!(
-            python(&value, None).expect("JSON"),
+            python(&value, None),
             r#"{"a": [1, 2.5, null], "b": {}, "c": "<é'\n>"}"#
         );
         assert_eq!(
-            python(&json!({"a": [1], "b": []}), Some(2)).expect("JSON"),
+            python(&json!({"a": [1], "b": []}), Some(2)),
             "{\n  \"a\": [\n    1\n  ],\n  \"b\": []\n}"
         );
     }

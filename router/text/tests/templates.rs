@@ -71,9 +71,9 @@ const MISTRAL: &str = "\
 {% endif %}
 {% if message['role'] == 'user' %}
 {{ '[INST] ' + message['content'] + ' [/INST]' }}
-{% elif message['role'] == 'assistant' %}
+{%- elif message['role'] == 'assistant' %}
 {{ ' ' + message['content'] + eos_token }}
-{% endif %}
+{%- endif %}
 {% endfor %}";
 
 fn bundle(template: &str) -> TokenizerBundle {
@@ -179,6 +179,23 @@ fn names_and_the_date_and_json_are_there() {
 }
 
 #[test]
+fn marks_for_training_are_passed_over() {
+    let template =
+        "{% for m in messages %}{%- generation -%} {{ m.content }} {% endgeneration %}{% endfor %}";
+    assert_eq!(
+        render(template, &[message("user", "x")]).expect("renders"),
+        "x "
+    );
+}
+
+#[test]
+fn nothing_is_no_list_of_tools() {
+    let template = "{% if tools is iterable and tools | length > 0 %}tools{% else %}none{% endif %}\
+        {{ messages is iterable }}";
+    assert_eq!(render(template, &[]).expect("renders"), "noneTrue");
+}
+
+#[test]
 fn a_model_without_a_template_speaks_chatml_if_it_can() {
     let messages = [message("system", "Be brief."), message("user", "Hi")];
     let mut bundle = bundle("");
@@ -215,7 +232,10 @@ fn hostile_templates_run_out_of_budget() {
         "{{ 'x' * 1000000000 }}",
         "{% set n = namespace(s='x' * 1000) %}{% for a in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
         "{% macro f(n) %}{{ f(n + 1) }}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
-        "{% set n = namespace(s=messages) %}{% for a in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s | length }}{{ n.s | tojson }}",
+        "{% set n = namespace(s=messages) %}{% for a in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+        "{% set n = namespace(s=messages) %}{% for a in range(60) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s | tojson }}",
+        "{% set n = namespace(s=messages) %}{% for a in range(24) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
+        "{% set n = namespace(s=messages) %}{% for a in range(24) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s | join }}",
     ] {
         let error = render(template, &[message("user", "x")]).expect_err(template);
         assert_eq!(error.class(), Class::Client, "{template}: {error:?}");
