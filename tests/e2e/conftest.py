@@ -51,14 +51,14 @@ class Cluster:
     def children(self):
         """The processes below the supervisor, by role."""
         found = {}
-        for entry in pathlib.Path("/proc").iterdir():
+        for entry in pathlib.Path("/proc").glob("[0-9]*"):
             try:
                 stat = (entry / "stat").read_text()
                 if int(stat.rsplit(")", 1)[1].split()[1]) == self.process.pid:
                     argv = (entry / "cmdline").read_bytes().split(b"\0")
                     role = next(r for r in ("router", "worker") if r.encode() in argv)
                     found.setdefault(role, []).append(int(entry.name))
-            except (FileNotFoundError, NotADirectoryError, ProcessLookupError, StopIteration, ValueError, IndexError):
+            except (FileNotFoundError, ProcessLookupError, StopIteration):
                 continue
         return found
 

@@ -29,9 +29,9 @@ def test_chat(client):
 
 
 def test_an_answer_that_ends_by_itself(client):
-    answer = ask(client, [{"role": "user", "content": "What is the capital of France?"}], max_tokens=64)
+    answer = ask(client, max_tokens=500)
     assert answer.choices[0].finish_reason == "stop"
-    assert "Paris" in answer.choices[0].message.content
+    assert answer.usage.completion_tokens < 500
     assert "<|im_end|>" not in answer.choices[0].message.content
 
 
@@ -103,11 +103,11 @@ def test_penalties_and_bias(client):
 
 
 def test_min_tokens_and_ignore_eos(client):
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    longer = ask(client, messages, max_tokens=40, extra_body={"ignore_eos": True})
-    assert longer.usage.completion_tokens == 40
-    least = ask(client, messages, max_tokens=40, extra_body={"min_tokens": 20})
-    assert least.usage.completion_tokens >= 20
+    usual = ask(client, max_tokens=500).usage.completion_tokens
+    longer = ask(client, max_tokens=usual + 40, extra_body={"ignore_eos": True})
+    assert longer.usage.completion_tokens == usual + 40
+    least = ask(client, max_tokens=usual + 40, extra_body={"min_tokens": usual + 20})
+    assert least.usage.completion_tokens >= usual + 20
 
 
 @pytest.mark.parametrize(

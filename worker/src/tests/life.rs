@@ -34,10 +34,8 @@ async fn it_answers_while_it_loads() {
     assert_eq!(rig.health().await, ServingStatus::NotServing);
     let mut client = rig.client();
     let description = client.describe(DescribeRequest {});
-    let (description, ()) = in_time(async {
-        tokio::join!(description, async { finish.send(()).unwrap() })
-    })
-    .await;
+    let (description, ()) =
+        in_time(async { tokio::join!(description, async { finish.send(()).unwrap() }) }).await;
     description.unwrap();
     assert_eq!(rig.get("/ready").await, (200, "ready\n".into()));
     rig.end().await.unwrap();

@@ -7,8 +7,8 @@ use shoal_fabric::{
     shutdown::Shutdown,
 };
 use shoal_proto::worker::{
-    Finish, Ping, Pong, Rejected, RouterFrame, Sampling, SequenceOutput, Stopping, Submit, TokenizerBundle,
-    WorkerFrame, router_frame, worker_client::WorkerClient, worker_frame,
+    Finish, Ping, Pong, Rejected, RouterFrame, Sampling, SequenceOutput, Stopping, Submit,
+    TokenizerBundle, WorkerFrame, router_frame, worker_client::WorkerClient, worker_frame,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
