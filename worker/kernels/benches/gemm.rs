@@ -3,19 +3,20 @@
 //! The weights of all layers are distinct and used in turn, so that caches behave as in a
 //! model. The machine may be shared: each figure is the best of many short windows.
 
+mod limits;
+
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use limits::{best, read_limit, vnni_limit};
 use shoal_kernels::Isa;
 use shoal_kernels::arena::Arena;
 use shoal_kernels::gemm::{Matrix, Write, multiply};
-use shoal_kernels::pack::{Block, Format, Layout, RowSource, TILE};
+use shoal_kernels::pack::{Block, BlockRows, Format, Layout, Packing, Source, pack};
 use shoal_kernels::pool::Pool;
 use shoal_kernels::quant::Activations;
 
 const LAYERS: usize = 30;
-/// Windows of the limits.
-const WINDOWS: usize = 50;
 /// How long to repeat the forward pass of a batch.
 const PASSES: Duration = Duration::from_secs(3);
 
@@ -28,100 +29,20 @@ const SHAPES: [(&str, usize, usize, Format, usize); 5] = [
     ("head", 49152, 576, Format::U8Zero(128), 1),
 ];
 
-struct Noise {
-    k: usize,
-    top: u8,
-}
+/// Quants of up to so many.
+struct Noise(u8);
 
-impl RowSource for Noise {
-    fn blocks(&self, row: usize, each: &mut dyn FnMut(usize, &Block)) {
-        for i in 0..self.k / TILE {
+impl BlockRows for Noise {
+    fn blocks(&self, row: usize, out: &mut [Block]) {
+        for (i, block) in out.iter_mut().enumerate() {
             let seed = (row * 31 + i * 17) as u8;
-            let quants = std::array::from_fn(|j| seed.wrapping_mul(j as u8 | 1) & self.top);
-            let block = Block {
-                quants,
+            *block = Block {
+                quants: std::array::from_fn(|j| seed.wrapping_mul(j as u8 | 1) & self.0),
                 scales: [0.01; 2],
                 min: -0.08,
             };
-            each(i, &block);
         }
     }
-}
-
-/// The least seconds that `run` takes.
-fn best(windows: usize, mut run: impl FnMut()) -> f64 {
-    let times = (0..windows).map(|_| {
-        let start = Instant::now();
-        run();
-        start.elapsed().as_secs_f64()
-    });
-    times.fold(f64::INFINITY, f64::min)
-}
-
-/// Bytes per second that `pool` reads from `data`.
-fn read_limit(pool: &mut Pool, data: &[u8]) -> f64 {
-    const CHUNK: usize = 64 * 1024;
-    let windows = data.chunks_exact(64 * CHUNK);
-    let mut least = vec![f64::INFINITY; windows.len()];
-    for _ in 0..WINDOWS {
-        for (least, data) in least.iter_mut().zip(windows.clone()) {
-            let seconds = best(1, || {
-                pool.phase(64, |item| {
-                    let (lines, _) = data[item * CHUNK..][..CHUNK].as_chunks::<64>();
-                    let mut sums = [0u64; 8];
-                    for line in lines {
-                        for (sum, bytes) in sums.iter_mut().zip(line.as_chunks::<8>().0) {
-                            *sum ^= u64::from_ne_bytes(*bytes);
-                        }
-                    }
-                    black_box(sums);
-                });
-            });
-            *least = least.min(seconds);
-        }
-    }
-    (windows.len() * 64 * CHUNK) as f64 / least.iter().sum::<f64>()
-}
-
-/// Multiplications and additions per second of independent VNNI dots, none without AVX-512.
-#[cfg(target_arch = "x86_64")]
-fn vnni_limit(pool: &mut Pool) -> Option<f64> {
-    use std::arch::x86_64::*;
-
-    const DOTS: usize = 16;
-    const ROUNDS: usize = 2_000;
-
-    #[target_feature(enable = "avx512f,avx512vnni")]
-    fn dots() -> [i32; DOTS] {
-        let (a, b) = (
-            black_box(_mm512_set1_epi8(3)),
-            black_box(_mm512_set1_epi8(5)),
-        );
-        let mut sums = [_mm512_setzero_si512(); DOTS];
-        for _ in 0..ROUNDS {
-            for sum in &mut sums {
-                *sum = _mm512_dpbusd_epi32(*sum, a, b);
-            }
-        }
-        sums.map(|sum| _mm512_reduce_add_epi32(sum))
-    }
-
-    if !Isa::Avx512.is_available() {
-        return None;
-    }
-    let items = pool.threads();
-    let seconds = best(WINDOWS, || {
-        pool.phase(items, |_| {
-            // SAFETY: the features were found above.
-            black_box(unsafe { dots() });
-        });
-    });
-    Some((items * DOTS * ROUNDS * 128) as f64 / seconds)
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn vnni_limit(_: &mut Pool) -> Option<f64> {
-    None
 }
 
 fn main() {
@@ -135,19 +56,28 @@ fn main() {
     let mut arena = Arena::new(total).expect("there is memory for the weights");
     let mut pool = Pool::new(2).expect("a thread can be started");
 
-    let mut seconds = 0.0;
     let mut rest = arena.as_mut_slice();
-    for (&(_, _, k, format, copies), layout) in SHAPES.iter().zip(&layouts) {
-        let top = if format == Format::U4Min { 15 } else { 255 };
+    let mut matrices = Vec::new();
+    for (&(_, _, _, format, copies), layout) in SHAPES.iter().zip(&layouts) {
+        let noise = if format == Format::U4Min {
+            &Noise(15)
+        } else {
+            &Noise(255)
+        };
         for _ in 0..copies {
             let (out, tail) = rest.split_at_mut(layout.bytes());
-            seconds += best(3, || {
-                let packed = layout.pack(&mut pool, &Noise { k, top }, out);
-                packed.expect("the scales are finite");
+            matrices.push(Packing {
+                layout: *layout,
+                source: Source::Blocks(noise),
+                out,
             });
             rest = tail;
         }
     }
+    let isa = Isa::detect();
+    let seconds = best(3, || {
+        pack(&mut pool, isa, &mut matrices).expect("the scales are finite");
+    });
     println!(
         "packed {:.1} MB in {:.0} ms",
         total as f64 / 1e6,
@@ -165,7 +95,6 @@ fn main() {
         matrices.push(copies.collect::<Vec<_>>());
     }
 
-    let isa = Isa::detect();
     for threads in [1, 2] {
         let mut pool = Pool::new(threads).expect("a thread can be started");
         let read = read_limit(&mut pool, &arena.as_slice()[..total]);
