@@ -226,14 +226,14 @@ async fn warm_up(engine: &EngineHandle, seat: Seat) -> Result<(), WorkerError> {
         priority: 0,
         deadline: None,
     })?;
-    let mut finish = None;
-    while let (None, Ok(pending)) = (finish, seat.outbox.take().await) {
-        finish = pending.ended().next().map(|last| last.finish());
+    while let Ok(pending) = seat.outbox.take().await {
+        match pending.ended().next().map(|last| last.finish()) {
+            None => {}
+            Some(Finish::Length) => return Ok(()),
+            Some(_) => break,
+        }
     }
-    match finish {
-        Some(Finish::Length) => Ok(()),
-        _ => Err(WorkerError::FirstRun {
-            reason: engine.stopped(),
-        }),
-    }
+    Err(WorkerError::FirstRun {
+        reason: engine.stopped(),
+    })
 }

@@ -34,7 +34,8 @@ async fn it_answers_while_it_loads() {
     assert_eq!(rig.health().await, ServingStatus::NotServing);
     let mut client = rig.client();
     let description = client.describe(DescribeRequest {});
-    let (description, ()) = tokio::join!(description, async { finish.send(()).unwrap() });
+    let (description, ()) =
+        in_time(async { tokio::join!(description, async { finish.send(()).unwrap() }) }).await;
     description.unwrap();
     assert_eq!(rig.get("/ready").await, (200, "ready\n".into()));
     rig.end().await.unwrap();
@@ -46,7 +47,7 @@ async fn the_end_waits_for_running_sequences() {
     let mut session = rig.session().await;
     rig.control.hold();
     session.submit(submit(1, &[1], 100)).await;
-    rig.until_metrics(&["shoal_worker_sessions 1"]).await;
+    session.ping(1).await;
     let mut client = rig.client();
     rig.shutdown.start();
     in_time(async { while rig.get("/ready").await.0 == 200 {} }).await;
@@ -113,7 +114,7 @@ async fn an_engine_that_stops_ends_the_worker_and_its_sequences() {
     let mut session = rig.session().await;
     rig.control.hold();
     session.submit(submit(1, &[1], 100)).await;
-    rig.until_metrics(&["shoal_worker_sessions 1"]).await;
+    session.ping(1).await;
     rig.control.panic();
     rig.control.release();
     let (_, last) = session.answer(1).await;

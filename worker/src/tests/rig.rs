@@ -7,8 +7,8 @@ use shoal_fabric::{
     shutdown::Shutdown,
 };
 use shoal_proto::worker::{
-    Finish, Rejected, RouterFrame, Sampling, SequenceOutput, Stopping, Submit, TokenizerBundle,
-    WorkerFrame, router_frame, worker_client::WorkerClient, worker_frame,
+    Finish, Ping, Pong, Rejected, RouterFrame, Sampling, SequenceOutput, Stopping, Submit,
+    TokenizerBundle, WorkerFrame, router_frame, worker_client::WorkerClient, worker_frame,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -176,6 +176,16 @@ impl Session {
 
     pub(crate) async fn submit(&self, submit: Submit) {
         self.send(router_frame::Frame::Submit(submit)).await;
+    }
+
+    /// Waits for the answer to a ping: whatever was sent before has arrived by then.
+    pub(crate) async fn ping(&mut self, nonce: u64) -> Pong {
+        self.send(router_frame::Frame::Ping(Ping { nonce })).await;
+        self.next(|frame| match frame {
+            worker_frame::Frame::Pong(pong) if pong.nonce == nonce => Some(pong),
+            _ => None,
+        })
+        .await
     }
 
     /// `None` at the end of the stream.

@@ -1,5 +1,7 @@
 //! The calls beside the session, and the probes.
 
+use std::time::{Duration, Instant};
+
 use sha2::{Digest, Sha256};
 use shoal_core::PAGE_TOKENS;
 use shoal_proto::worker::{
@@ -24,7 +26,8 @@ impl Rig {
 
     pub(crate) async fn health(&self) -> ServingStatus {
         let request = HealthCheckRequest::default();
-        let response = HealthClient::new(self.channel()).check(request).await;
+        let mut client = HealthClient::new(self.channel());
+        let response = in_time(client.check(request)).await;
         response.unwrap().into_inner().status()
     }
 }
@@ -98,7 +101,7 @@ async fn draining_lets_the_running_finish_and_takes_no_more() {
     assert_eq!(state(&mut session).await, WorkerState::Ready);
     rig.control.hold();
     session.submit(submit(1, &[1], 30)).await;
-    rig.until_metrics(&["shoal_worker_sessions 1"]).await;
+    session.ping(1).await;
     let drain = DrainRequest { deadline_ms: 0 };
     in_time(client.drain(drain)).await.unwrap();
     in_time(client.drain(drain)).await.unwrap();
@@ -136,8 +139,10 @@ async fn what_is_left_at_the_drain_s_deadline_is_preempted() {
     rig.control.hold();
     let drain = DrainRequest { deadline_ms: 1 };
     in_time(rig.client().drain(drain)).await.unwrap();
-    // By the time that the call is answered over the network, or soon after.
-    std::thread::sleep(std::time::Duration::from_millis(2));
+    let deadline = Instant::now() + Duration::from_millis(1);
+    while Instant::now() <= deadline {
+        session.ping(1).await;
+    }
     rig.control.release();
     loop {
         if let Some(last) = session.outputs().await.pop()

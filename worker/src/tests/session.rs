@@ -1,7 +1,7 @@
 //! Sessions: submissions, outputs, cancellations, and what is left of those that vanish.
 
 use shoal_proto::worker::{
-    Cancel, Finish, Ping, RejectReason, Scoring, WorkerState, router_frame, worker_frame,
+    Cancel, Finish, RejectReason, Scoring, WorkerState, router_frame, worker_frame,
 };
 use tonic::Code;
 
@@ -77,15 +77,7 @@ async fn a_ping_is_answered_with_the_engine_s_steps() {
     let mut session = rig.session().await;
     session.submit(submit(1, &[1], 5)).await;
     session.answer(1).await;
-    session
-        .send(router_frame::Frame::Ping(Ping { nonce: 77 }))
-        .await;
-    let pong = session.next(|frame| match frame {
-        worker_frame::Frame::Pong(pong) => Some(pong),
-        _ => None,
-    });
-    let pong = pong.await;
-    assert_eq!(pong.nonce, 77);
+    let pong = session.ping(77).await;
     // Five of the answer, and one of the warm-up at least.
     assert!(pong.step >= 6 && pong.load.is_some(), "{pong:?}");
 }
@@ -100,13 +92,7 @@ async fn a_cancelled_sequence_ends() {
     let cancel = Cancel { sequence, attempt };
     rig.control.hold();
     session.send(router_frame::Frame::Cancel(cancel)).await;
-    // Answered after the cancellation, which came before it.
-    session
-        .send(router_frame::Frame::Ping(Ping { nonce: 1 }))
-        .await;
-    session
-        .next(|frame| matches!(frame, worker_frame::Frame::Pong(_)).then_some(()))
-        .await;
+    session.ping(1).await;
     rig.control.release();
     loop {
         if let Some(last) = session.outputs().await.pop()
