@@ -51,13 +51,20 @@ async fn a_client_that_leaves_before_the_answer_cancels_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_disconnects_leave_nothing_behind() {
-    let mock = Mock::gated(endless()).await;
+    let mut mock = Mock::gated(endless()).await;
     let router = Router::ready(&[&mock]).await;
-    mock.step(usize::MAX >> 4);
     let leave = |_| async {
         router.stream(json!({})).await.text().await;
     };
-    stream::iter(0..1000).for_each_concurrent(32, leave).await;
+    let clients = stream::iter(0..1000).for_each_concurrent(32, leave);
+    // A step for each: a worker that ran free could end an answer before its client is gone.
+    let steps = async {
+        for _ in 0..1000 {
+            mock.submitted().await;
+            mock.step(1);
+        }
+    };
+    tokio::join!(clients, steps);
     mock.live(0).await;
     let sequences = format!("shoal_worker_sequences{{worker=\"{}\"}}", mock.address);
     router.metric_becomes(&sequences, 0.0).await;
@@ -66,6 +73,7 @@ async fn a_thousand_disconnects_leave_nothing_behind() {
     router
         .metric_becomes("shoal_requests_abandoned_total{model=\"mock\"}", 1000.0)
         .await;
+    mock.step(2);
     assert_eq!(content(&router.chat(json!({"max_tokens": 2})).await), "ee");
     router.stop().await;
 }

@@ -121,7 +121,7 @@ async fn a_lost_stream_without_a_worker_ends_with_an_error_event() {
     let (mut events, ()) = tokio::join!(stream, first);
     assert_eq!(events.text().await, "t");
     drop(mock);
-    let event: serde_json::Value = serde_json::from_str(&events.next().await.unwrap()).unwrap();
+    let event = events.chunk().await;
     assert_eq!(event["error"]["code"], "no_ready_worker");
     assert_eq!(event["error"]["type"], "server_error");
     assert_eq!(events.next().await, None);

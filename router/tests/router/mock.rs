@@ -24,8 +24,8 @@ use shoal_proto::{
 };
 use tokio::{
     net::TcpListener,
-    sync::{Semaphore, mpsc, watch},
-    task::JoinHandle,
+    runtime::{self, Runtime},
+    sync::{Semaphore, mpsc, oneshot, watch},
 };
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
@@ -100,7 +100,6 @@ impl Script {
 pub(crate) enum Seen {
     Submit(Box<Submit>),
     Cancel(Cancel),
-    Session,
 }
 
 #[derive(Debug)]
@@ -116,17 +115,20 @@ struct Shared {
     epoch: Mutex<u64>,
 }
 
-/// A worker under a test's control.
+/// A worker under a test's control. Dropping it is the death of its process: listener and
+/// connections go at once.
 pub(crate) struct Mock {
     pub(crate) address: SocketAddr,
     shared: Arc<Shared>,
     seen: mpsc::UnboundedReceiver<Seen>,
-    server: JoinHandle<()>,
+    runtime: Option<Runtime>,
 }
 
 impl Drop for Mock {
     fn drop(&mut self) {
-        self.server.abort();
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
@@ -140,12 +142,6 @@ impl Mock {
 
     /// A worker whose steps wait for [`step`](Self::step).
     pub(crate) async fn gated(script: Script) -> Self {
-        Self::bind(([127, 0, 0, 1], 0).into(), script).await
-    }
-
-    async fn bind(address: SocketAddr, script: Script) -> Self {
-        let listener = TcpListener::bind(address).await.unwrap();
-        let address = listener.local_addr().unwrap();
         let (sender, seen) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             script: Mutex::new(script),
@@ -156,17 +152,22 @@ impl Mock {
             breaks: watch::Sender::default(),
             epoch: Mutex::new(1),
         });
+        let mut builder = runtime::Builder::new_multi_thread();
+        let runtime = builder.worker_threads(1).enable_all().build().unwrap();
+        let (bound, address) = oneshot::channel();
         let service = WorkerServer::new(Service(shared.clone()));
-        let incoming = TcpListenerStream::new(listener);
-        let server = tokio::spawn(async move {
+        runtime.spawn(async move {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            bound.send(listener.local_addr().unwrap()).unwrap();
             let server = Server::builder().tcp_nodelay(true).add_service(service);
+            let incoming = TcpListenerStream::new(listener);
             server.serve_with_incoming(incoming).await.unwrap();
         });
         Self {
-            address,
+            address: address.await.unwrap(),
             shared,
             seen,
-            server,
+            runtime: Some(runtime),
         }
     }
 
@@ -205,11 +206,6 @@ impl Mock {
                 return cancel;
             }
         }
-    }
-
-    /// The next session.
-    pub(crate) async fn connected(&mut self) {
-        while !matches!(self.seen.recv().await.unwrap(), Seen::Session) {}
     }
 
     /// Waits until so many sequences run.
@@ -268,7 +264,6 @@ impl Worker for Service {
             step: 0,
             down,
         };
-        self.0.seen.send(Seen::Session).ok();
         tokio::spawn(session.run(request.into_inner()));
         Ok(Response::new(ReceiverStream::new(frames).boxed()))
     }
@@ -498,6 +493,8 @@ impl Running {
             let last = self.submit.resume[self.submit.resume.len() - 1];
             output.output_offset -= 1;
             output.tokens.insert(0, last);
+            let repeated = scored(1, scoring.output_top);
+            output.logprobs.splice(0..0, repeated);
         }
         output
     }

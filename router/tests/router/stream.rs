@@ -9,10 +9,20 @@ use crate::{
 
 #[tokio::test]
 async fn a_chat_streams_as_openais_does() {
-    let mock = Mock::start(Script::answer("Hé")).await;
+    let mock = Mock::gated(Script::answer("Hé")).await;
     let router = Router::ready(&[&mock]).await;
     let fields = json!({"stream_options": {"include_usage": true}, "seed": 3});
-    let chunks = router.stream(fields).await.rest().await;
+    let begin = async {
+        mock.live(1).await;
+        mock.step(1);
+    };
+    let (mut events, ()) = tokio::join!(router.stream(fields), begin);
+    // One step at a time: what comes faster than it is read goes into one chunk.
+    let mut chunks = vec![events.chunk().await, events.chunk().await];
+    mock.step(2);
+    chunks.push(events.chunk().await);
+    mock.step(1);
+    chunks.extend(events.rest().await);
     for chunk in &chunks {
         assert_eq!(chunk["object"], "chat.completion.chunk");
         assert_eq!(chunk["id"], chunks[0]["id"]);

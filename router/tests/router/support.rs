@@ -216,10 +216,15 @@ impl Events {
         }
     }
 
+    /// The next event's JSON.
+    pub(crate) async fn chunk(&mut self) -> Value {
+        serde_json::from_str(&self.next().await.unwrap()).unwrap()
+    }
+
     /// The next chunk that carries text.
     pub(crate) async fn text(&mut self) -> String {
         loop {
-            let event: Value = serde_json::from_str(&self.next().await.unwrap()).unwrap();
+            let event = self.chunk().await;
             match event["choices"][0]["delta"]["content"].as_str() {
                 None | Some("") => {}
                 Some(text) => return text.to_owned(),

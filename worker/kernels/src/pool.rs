@@ -25,11 +25,12 @@ struct Line<T>(T);
 /// What a phase runs, with its lifetime erased.
 #[derive(Clone, Copy)]
 struct Job {
-    item: *const (dyn Fn(usize) + Sync),
+    /// Takes the number of the thread and the item.
+    item: *const (dyn Fn(usize, usize) + Sync),
     items: usize,
 }
 
-fn nothing(_: usize) {}
+fn nothing(_: usize, _: usize) {}
 
 struct Shared {
     /// Written by the driver before `round` rises, read by the threads after.
@@ -87,7 +88,7 @@ impl Shared {
     }
 
     /// Runs items of the current phase until none is left.
-    fn work(&self, job: Job) {
+    fn work(&self, thread: usize, job: Job) {
         // SAFETY: the driver keeps the closure alive until every thread has finished.
         let item = unsafe { &*job.item };
         loop {
@@ -95,11 +96,11 @@ impl Shared {
             if i >= job.items {
                 return;
             }
-            item(i);
+            item(thread, i);
         }
     }
 
-    fn serve(&self) {
+    fn serve(&self, thread: usize) {
         let mut seen = 0;
         loop {
             self.wait(&self.round.0, |round| round != seen);
@@ -109,7 +110,7 @@ impl Shared {
             }
             // SAFETY: the driver wrote it before `round` rose and leaves it until we finish.
             let job = unsafe { *self.job.get() };
-            if catch_unwind(AssertUnwindSafe(|| self.work(job))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| self.work(thread, job))).is_err() {
                 self.panicked.store(true, Ordering::Release);
             }
             self.raise(&self.finished.0);
@@ -147,7 +148,7 @@ impl Pool {
             let shared = Arc::clone(&pool.shared);
             let thread = std::thread::Builder::new()
                 .name(format!("compute-{index}"))
-                .spawn(move || shared.serve())?;
+                .spawn(move || shared.serve(index))?;
             pool.threads.push(thread);
         }
         Ok(pool)
@@ -164,23 +165,47 @@ impl Pool {
     /// # Panics
     /// When an item panics, after the others have ended.
     pub fn phase(&mut self, items: usize, item: impl Fn(usize) + Sync) {
+        self.run(items, |_, i| item(i));
+    }
+
+    /// [`phase`](Self::phase) with an element of `slots` for every thread, which its items
+    /// have to themselves one after the other.
+    ///
+    /// # Panics
+    /// As `phase`, and when there are fewer slots than threads.
+    pub fn phase_with<T: Send>(
+        &mut self,
+        slots: &mut [T],
+        items: usize,
+        item: impl Fn(&mut T, usize) + Sync,
+    ) {
+        assert!(slots.len() >= self.threads());
+        let slots = Scatter::new(slots);
+        self.run(items, |thread, i| {
+            // SAFETY: a thread runs one item at a time, and its slot is no other's.
+            let slot = unsafe { slots.part(thread, 1) };
+            item(&mut slot[0], i);
+        });
+    }
+
+    fn run(&mut self, items: usize, item: impl Fn(usize, usize) + Sync) {
         let shared = &*self.shared;
         let others = self.threads.len() as u32;
         if others == 0 || items <= 1 {
-            (0..items).for_each(item);
+            (0..items).for_each(|i| item(0, i));
             return;
         }
-        let item: *const (dyn Fn(usize) + Sync + '_) = &item;
+        let item: *const (dyn Fn(usize, usize) + Sync + '_) = &item;
         // SAFETY: only the lifetime changes; this function waits for every thread to finish
         // before it returns or unwinds, so none uses the closure after its end.
-        let item: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(item) };
+        let item: *const (dyn Fn(usize, usize) + Sync) = unsafe { std::mem::transmute(item) };
         let job = Job { item, items };
         // SAFETY: every thread has finished the phase before, so none reads the cell.
         unsafe { *shared.job.get() = job };
         shared.next.0.store(0, Ordering::Relaxed);
         shared.finished.0.store(0, Ordering::Relaxed);
         shared.raise(&shared.round.0);
-        let own = catch_unwind(AssertUnwindSafe(|| shared.work(job)));
+        let own = catch_unwind(AssertUnwindSafe(|| shared.work(0, job)));
         shared.wait(&shared.finished.0, |finished| finished == others);
         if let Err(panic) = own {
             resume_unwind(panic);
@@ -252,6 +277,18 @@ mod tests {
                 let expected = (1..=1000).filter(|round| round % 38 > i).count();
                 assert_eq!(count, expected);
             }
+        }
+    }
+
+    #[test]
+    fn threads_have_slots_of_their_own() {
+        for threads in [1, 2, 3] {
+            let mut pool = Pool::new(threads).unwrap();
+            let mut counts = vec![0; threads];
+            for _ in 0..100 {
+                pool.phase_with(&mut counts, 50, |count, _| *count += 1);
+            }
+            assert_eq!(counts.iter().sum::<usize>(), 5000);
         }
     }
 

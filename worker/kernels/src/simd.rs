@@ -21,6 +21,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn splat(x: f32) -> Self;
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn store(self, p: *mut f32);
+    /// Stores the lanes as f16, rounded to nearest even.
+    unsafe fn store_f16(self, p: *mut u16);
     unsafe fn add(self, b: Self) -> Self;
     unsafe fn sub(self, b: Self) -> Self;
     unsafe fn mul(self, b: Self) -> Self;
@@ -84,6 +86,12 @@ impl Lanes for Scalar {
     unsafe fn store(self, p: *mut f32) {
         // SAFETY: the caller vouches for sixteen elements.
         unsafe { p.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16) {
+        let halves = self.0.map(|x| half::f16::from_f32(x).to_bits());
+        // SAFETY: the caller vouches for sixteen elements.
+        unsafe { p.cast::<[u16; LANES]>().write_unaligned(halves) }
     }
     #[inline(always)]
     unsafe fn add(self, b: Self) -> Self {
@@ -171,6 +179,8 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(crate) struct Avx2(pub(crate) __m256, pub(crate) __m256);
 
+    /// What the 256-bit conversions to f16 take: three bits.
+    const TO_EVEN: i32 = _MM_FROUND_TO_NEAREST_INT;
     const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
     // SAFETY of every block below: the trait's contract gives the instruction set, and valid
@@ -187,6 +197,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn store(self, p: *mut f32) {
             unsafe { _mm512_storeu_ps(p, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn store_f16(self, p: *mut u16) {
+            unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(self.0)) }
         }
         #[inline(always)]
         unsafe fn add(self, b: Self) -> Self {
@@ -308,6 +322,13 @@ mod x86 {
             unsafe {
                 _mm256_storeu_ps(p, self.0);
                 _mm256_storeu_ps(p.add(8), self.1);
+            }
+        }
+        #[inline(always)]
+        unsafe fn store_f16(self, p: *mut u16) {
+            unsafe {
+                _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<TO_EVEN>(self.0));
+                _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<TO_EVEN>(self.1));
             }
         }
         #[inline(always)]

@@ -92,7 +92,7 @@ impl CpuBackend {
         }
         let device = |error: std::io::Error| BackendError::Device(Box::new(error));
         let mut pool = Pool::new(options.threads).map_err(device)?;
-        let weights = Weights::load(gguf, &spec, &mut pool)?;
+        let weights = Weights::load(gguf, &spec, (&mut pool, options.isa))?;
         let kv = KvPool::new(heads, spec.n_layer, options.pages as usize).map_err(device)?;
         let mut sha = Sha256::new();
         sha.update(weights_digest(gguf, &spec));

@@ -4,7 +4,9 @@ use shoal_gguf::{GgmlType, Gguf, TensorView, codec};
 use shoal_kernels::Isa;
 use shoal_kernels::arena::Arena;
 use shoal_kernels::gemm::{Matrix, Write, multiply};
-use shoal_kernels::pack::{Block, Format, Layout, PackError, RowSource, TILE};
+use shoal_kernels::pack::{
+    Block, BlockRows, FloatRows, Format, Layout, Packing, Source, TILE, pack,
+};
 use shoal_kernels::pool::Pool;
 use shoal_kernels::quant::{Activations, Precision};
 
@@ -64,54 +66,53 @@ struct Stack<'a> {
     tensors: Vec<TensorView<'a>>,
 }
 
-impl RowSource for Stack<'_> {
-    fn blocks(&self, row: usize, each: &mut dyn FnMut(usize, &Block)) {
+impl<'a> Stack<'a> {
+    /// The type and the bytes of a row of `k` weights.
+    fn row(&self, row: usize, k: usize) -> (GgmlType, &'a [u8]) {
         let mut row = row;
         for tensor in &self.tensors {
-            let [rows, k] = *tensor.shape else { return };
-            if row >= rows {
-                row -= rows;
-                continue;
+            if row < tensor.shape[0] {
+                let bytes = tensor.ty.bytes_of(k);
+                return (tensor.ty, &tensor.data[row * bytes..][..bytes]);
             }
-            let bytes = tensor.ty.bytes_of(k);
-            codec::unpack(
-                tensor.ty,
-                &tensor.data[row * bytes..][..bytes],
-                |index, group| {
-                    let block = Block {
-                        quants: group.quants,
-                        scales: group.scales,
-                        min: group.min,
-                    };
-                    each(index, &block);
-                },
-            );
-            return;
+            row -= tensor.shape[0];
+        }
+        unreachable!("a layout has the rows of its tensors")
+    }
+
+    fn source(&self, precision: Precision) -> Source<'_> {
+        match precision {
+            Precision::Int8 => Source::Blocks(self),
+            Precision::F32 => Source::Floats(self),
         }
     }
-}
 
-impl Stack<'_> {
-    fn error(&self, error: PackError) -> BackendError {
+    fn error(&self, error: impl std::fmt::Display) -> BackendError {
         let names: Vec<&str> = self.tensors.iter().map(|tensor| tensor.name).collect();
         BackendError::Weights {
             tensor: names.join(", "),
             reason: error.to_string(),
         }
     }
+}
 
-    /// Fills `out` with the floats of a row.
+impl BlockRows for Stack<'_> {
+    fn blocks(&self, row: usize, out: &mut [Block]) {
+        let (ty, data) = self.row(row, out.len() * TILE);
+        codec::unpack(ty, data, |index, group| {
+            out[index] = Block {
+                quants: group.quants,
+                scales: group.scales,
+                min: group.min,
+            };
+        });
+    }
+}
+
+impl FloatRows for Stack<'_> {
     fn floats(&self, row: usize, out: &mut [f32]) {
-        let mut row = row;
-        for tensor in &self.tensors {
-            if let Some(next) = row.checked_sub(tensor.shape[0]) {
-                row = next;
-                continue;
-            }
-            let bytes = tensor.ty.bytes_of(out.len());
-            shoal_gguf::dequantize(tensor.ty, &tensor.data[row * bytes..][..bytes], out);
-            return;
-        }
+        let (ty, data) = self.row(row, out.len());
+        shoal_gguf::dequantize(ty, data, out);
     }
 }
 
@@ -186,6 +187,23 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
+    /// Packs what was placed, in that order, into `arena`.
+    fn pack(&self, pool: &mut Pool, isa: Isa, arena: &mut [u8]) -> Result<(), BackendError> {
+        let (mut rest, mut start) = (arena, 0);
+        let mut matrices = Vec::with_capacity(self.sources.len());
+        for (layout, offset, stack) in &self.sources {
+            let (_, tail) = rest.split_at_mut(offset - start);
+            let (out, tail) = tail.split_at_mut(layout.bytes());
+            matrices.push(Packing {
+                layout: *layout,
+                source: stack.source(layout.format().precision()),
+                out,
+            });
+            (rest, start) = (tail, offset + layout.bytes());
+        }
+        pack(pool, isa, &mut matrices).map_err(|error| self.sources[error.matrix].2.error(error))
+    }
+
     fn vector(&self, weight: Weight) -> Result<Vec<f32>, BackendError> {
         let tensor = self.tensor(weight)?;
         let mut out = vec![0.0; tensor.shape.iter().product()];
@@ -222,7 +240,7 @@ impl Weights {
     pub(super) fn load(
         gguf: &Gguf,
         spec: &ModelSpec,
-        pool: &mut Pool,
+        (pool, isa): (&mut Pool, Isa),
     ) -> Result<Self, BackendError> {
         let mut packer = Packer {
             gguf,
@@ -244,14 +262,7 @@ impl Weights {
         }])?;
         let mut arena =
             Arena::new(packer.bytes).map_err(|error| BackendError::Device(Box::new(error)))?;
-        for (layout, offset, stack) in &packer.sources {
-            let out = &mut arena.as_mut_slice()[*offset..offset + layout.bytes()];
-            let packed = match layout.format().precision() {
-                Precision::Int8 => layout.pack(pool, stack, out),
-                Precision::F32 => layout.pack_floats(pool, |row, out| stack.floats(row, out), out),
-            };
-            packed.map_err(|error| stack.error(error))?;
-        }
+        packer.pack(pool, isa, arena.as_mut_slice())?;
         Ok(Self {
             arena,
             layers,

@@ -86,6 +86,11 @@ unsafe fn quant_strip<
         let mut sums = [L::splat(0.0); M];
         for tile in strip.chunks_exact(head + V * 64) {
             let tile = tile.as_ptr();
+            if 2 * M > V {
+                for line in (0..head + V * 64).step_by(64) {
+                    L::prefetch(tile.wrapping_add(strip.len() + line));
+                }
+            }
             let scales = L::f16(tile);
             let second = if MIN || HALVES {
                 L::f16(tile.add(2 * STRIP))

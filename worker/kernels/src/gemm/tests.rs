@@ -2,7 +2,9 @@ use half::f16;
 use proptest::prelude::*;
 
 use super::*;
-use crate::pack::{Block, PackError, RowSource, TILE};
+use crate::pack::{
+    Block, BlockRows, FloatRows, NotFinite, Packing, ShapeError, Source, TILE, pack,
+};
 use crate::quant::Precision;
 use crate::testing::{isas, random};
 
@@ -29,12 +31,36 @@ fn zero(format: Format) -> f32 {
 #[derive(Clone)]
 struct Quants(Vec<Vec<Block>>);
 
-impl RowSource for Quants {
-    fn blocks(&self, row: usize, each: &mut dyn FnMut(usize, &Block)) {
-        for (i, block) in self.0[row].iter().enumerate() {
-            each(i, block);
-        }
+impl BlockRows for Quants {
+    fn blocks(&self, row: usize, out: &mut [Block]) {
+        out.copy_from_slice(&self.0[row]);
     }
+}
+
+/// Floats by row.
+struct Floats<'a>(&'a [f32]);
+
+impl FloatRows for Floats<'_> {
+    fn floats(&self, row: usize, out: &mut [f32]) {
+        out.copy_from_slice(&self.0[row * out.len()..][..out.len()]);
+    }
+}
+
+/// Packs a matrix on every instruction set: the same bytes.
+fn packed(layout: Layout, source: Source<'_>, threads: usize) -> Result<Vec<u8>, NotFinite> {
+    let mut pool = Pool::new(threads).unwrap();
+    let mut all = isas().into_iter().map(|isa| {
+        let mut out = vec![0xaa; layout.bytes()];
+        let packing = Packing {
+            layout,
+            source,
+            out: &mut out,
+        };
+        pack(&mut pool, isa, &mut [packing]).map(|()| out)
+    });
+    let first = all.next().unwrap();
+    assert!(all.all(|other| other == first), "instruction sets differ");
+    first
 }
 
 impl Quants {
@@ -92,9 +118,7 @@ impl Packed {
     fn quants(format: Format, source: &Quants, threads: usize) -> Self {
         let (n, k) = (source.0.len(), source.0[0].len() * TILE);
         let layout = Layout::new(n, k, format).unwrap();
-        let mut bytes = vec![0xaa; layout.bytes()];
-        let mut pool = Pool::new(threads).unwrap();
-        layout.pack(&mut pool, source, &mut bytes).unwrap();
+        let bytes = packed(layout, Source::Blocks(source), threads).unwrap();
         let exact = source.exact(format);
         Self {
             layout,
@@ -105,10 +129,7 @@ impl Packed {
 
     fn floats(format: Format, weights: &[f32], k: usize) -> Self {
         let layout = Layout::new(weights.len() / k, k, format).unwrap();
-        let mut bytes = vec![0xaa; layout.bytes()];
-        let mut pool = Pool::new(2).unwrap();
-        let read = |row: usize, out: &mut [f32]| out.copy_from_slice(&weights[row * k..][..k]);
-        layout.pack_floats(&mut pool, read, &mut bytes).unwrap();
+        let bytes = packed(layout, Source::Floats(&Floats(weights)), 2).unwrap();
         let mut packed = Self {
             layout,
             bytes,
@@ -382,17 +403,82 @@ fn what_cannot_be_packed_is_an_error() {
         (usize::MAX / 64, 1 << 40, Format::F32),
     ] {
         let error = Layout::new(n, k, format).unwrap_err();
-        assert_eq!(error, PackError::Shape { n, k, format });
+        assert_eq!(error, ShapeError { n, k, format });
     }
-    let mut pool = Pool::new(2).unwrap();
     let format = Format::U8Min;
     let layout = Layout::new(40, 64, format).unwrap();
+    let good = Quants::random(format, 40, 64, 1, 0.1);
     for bad in [f32::INFINITY, f32::NAN, 70000.0] {
-        let mut source = Quants::random(format, 40, 64, 1, 0.1);
+        let mut source = good.clone();
         source.0[21][1].min = bad;
         source.0[33][0].scales[0] = bad;
-        let error = layout.pack(&mut pool, &source, &mut vec![0; layout.bytes()]);
-        assert_eq!(error, Err(PackError::NotFinite { row: 21, format }));
+        let mut outs = vec![vec![0; layout.bytes()]; 3];
+        let mut matrices: Vec<Packing<'_>> = outs
+            .iter_mut()
+            .zip([&good, &source, &source])
+            .map(|(out, source)| Packing {
+                layout,
+                source: Source::Blocks(source),
+                out,
+            })
+            .collect();
+        let error = pack(&mut Pool::new(2).unwrap(), Isa::detect(), &mut matrices);
+        let (matrix, row) = (1, 21);
+        assert_eq!(
+            error,
+            Err(NotFinite {
+                matrix,
+                row,
+                format
+            })
+        );
+    }
+    for bad in [f32::INFINITY, f32::NAN, 65520.0] {
+        let layout = Layout::new(2, 2, Format::F16).unwrap();
+        assert!(
+            packed(
+                layout,
+                Source::Floats(&Floats(&[0.0, 65519.0, -1.0, bad])),
+                1
+            )
+            .is_err()
+        );
+    }
+}
+
+#[test]
+fn matrices_packed_together_are_those_packed_alone() {
+    let k = 64;
+    let (formats, rows) = ([Format::U4Min, Format::U8Halves(32)], [37, 16]);
+    let sources = [0, 1].map(|i| Quants::random(formats[i], rows[i], k, i as u64, 0.1));
+    let floats = random(20 * 7, 3);
+    let all = [
+        (
+            Layout::new(37, k, formats[0]).unwrap(),
+            Source::Blocks(&sources[0]),
+        ),
+        (
+            Layout::new(20, 7, Format::Bf16).unwrap(),
+            Source::Floats(&Floats(&floats)),
+        ),
+        (
+            Layout::new(16, k, formats[1]).unwrap(),
+            Source::Blocks(&sources[1]),
+        ),
+    ];
+    let mut outs = all.map(|(layout, _)| vec![0xaa; layout.bytes()]);
+    let mut matrices: Vec<Packing<'_>> = outs
+        .iter_mut()
+        .zip(all)
+        .map(|(out, (layout, source))| Packing {
+            layout,
+            source,
+            out,
+        })
+        .collect();
+    pack(&mut Pool::new(3).unwrap(), Isa::detect(), &mut matrices).unwrap();
+    for (out, (layout, source)) in outs.into_iter().zip(all) {
+        assert!(out == packed(layout, source, 1).unwrap());
     }
 }
 

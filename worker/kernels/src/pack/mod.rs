@@ -7,12 +7,15 @@
 //! columns 4g..4g+4. Tiles of floats are one column. The last strip is filled up with zeros.
 
 mod format;
+mod strip;
 mod tile;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use format::Format;
+use strip::StripRows;
 
+use crate::Isa;
 use crate::pool::{Pool, Scatter};
 
 /// Output rows in a strip.
@@ -21,7 +24,7 @@ pub const STRIP: usize = 16;
 pub const TILE: usize = 32;
 
 /// 32 consecutive weights of a row: `scales[i / 16] * (quants[i] - zero) + min`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Block {
     /// Unsigned quants.
     pub quants: [u8; TILE],
@@ -32,35 +35,68 @@ pub struct Block {
 }
 
 /// Quantised weights to pack.
-pub trait RowSource: Sync {
-    /// Calls `each` with the index and the contents of every block of `row`, in order.
-    fn blocks(&self, row: usize, each: &mut dyn FnMut(usize, &Block));
+pub trait BlockRows: Sync {
+    /// Fills `out` with the blocks of a row.
+    fn blocks(&self, row: usize, out: &mut [Block]);
 }
 
-/// Why a matrix can't be packed.
+/// Floats to pack.
+pub trait FloatRows: Sync {
+    /// Fills `out` with the weights of a row.
+    fn floats(&self, row: usize, out: &mut [f32]);
+}
+
+/// The weights of a matrix; which variant, its format says.
+#[derive(Clone, Copy)]
+pub enum Source<'a> {
+    /// For the formats of quants.
+    Blocks(&'a dyn BlockRows),
+    /// For the formats of floats, to which they are rounded.
+    Floats(&'a dyn FloatRows),
+}
+
+/// A matrix to pack.
+pub struct Packing<'a> {
+    /// Its shape and format.
+    pub layout: Layout,
+    /// Its weights.
+    pub source: Source<'a>,
+    /// Where they go, [`Layout::bytes`].
+    pub out: &'a mut [u8],
+}
+
+/// The shape has no room in the format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PackError {
-    /// The shape has no room in the format.
-    #[error("{n} x {k} weights cannot be stored as {format:?}: columns come in tiles of {}", format.tile_columns())]
-    Shape {
-        /// Rows.
-        n: usize,
-        /// Columns.
-        k: usize,
-        /// The format.
-        format: Format,
-    },
-    /// A scale, a minimum or a float is not finite in the format.
-    #[error("row {row} has weights that {format:?} cannot hold")]
-    NotFinite {
-        /// The least such row.
-        row: usize,
-        /// The format.
-        format: Format,
-    },
+#[error("{n} x {k} weights cannot be stored as {format:?}: columns come in tiles of {}", format.tile_columns())]
+pub struct ShapeError {
+    /// Rows.
+    pub n: usize,
+    /// Columns.
+    pub k: usize,
+    /// The format.
+    pub format: Format,
 }
 
-impl PackError {
+/// A scale, a minimum or a float is not finite in the format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("row {row} has weights that {format:?} cannot hold")]
+pub struct NotFinite {
+    /// The first such matrix.
+    pub matrix: usize,
+    /// Its first such row.
+    pub row: usize,
+    /// Its format.
+    pub format: Format,
+}
+
+impl ShapeError {
+    /// What can be done about it.
+    pub fn class(&self) -> shoal_core::Class {
+        shoal_core::Class::Fatal
+    }
+}
+
+impl NotFinite {
     /// What can be done about it.
     pub fn class(&self) -> shoal_core::Class {
         shoal_core::Class::Fatal
@@ -78,8 +114,8 @@ pub struct Layout {
 
 impl Layout {
     /// For `n` output rows of `k` weights. Quants come in whole tiles of 32 columns.
-    pub fn new(n: usize, k: usize, format: Format) -> Result<Self, PackError> {
-        let error = PackError::Shape { n, k, format };
+    pub fn new(n: usize, k: usize, format: Format) -> Result<Self, ShapeError> {
+        let error = ShapeError { n, k, format };
         if n == 0 || k == 0 || !k.is_multiple_of(format.tile_columns()) {
             return Err(error);
         }
@@ -124,88 +160,6 @@ impl Layout {
         self.bytes / self.strips()
     }
 
-    /// Packs quantised weights into `out`, strips shared among the threads of `pool`.
-    ///
-    /// # Errors
-    /// [`PackError::NotFinite`] when f16 can't hold a scale or a minimum.
-    ///
-    /// # Panics
-    /// When `out` is not of [`bytes`](Self::bytes), the source's rows are not of `k` weights,
-    /// or the format is one of floats.
-    pub fn pack(
-        &self,
-        pool: &mut Pool,
-        source: &dyn RowSource,
-        out: &mut [u8],
-    ) -> Result<(), PackError> {
-        let format = self.format;
-        assert!(!format.is_float());
-        self.each_row(pool, out, |row, strip| {
-            let mut finite = true;
-            source.blocks(row, &mut |tile, block| {
-                let at = tile * format.tile_bytes();
-                let tile = &mut strip[at..at + format.tile_bytes()];
-                finite &= tile::put_block(format, tile, row % STRIP, block);
-            });
-            finite
-        })
-    }
-
-    /// Packs floats into `out`, strips shared among the threads of `pool`: `read` fills a
-    /// slice of `k` weights with those of a row. They are rounded to the format.
-    ///
-    /// # Errors
-    /// [`PackError::NotFinite`] when the format can't hold a weight.
-    ///
-    /// # Panics
-    /// When `out` is not of [`bytes`](Self::bytes), or the format is not one of floats.
-    pub fn pack_floats(
-        &self,
-        pool: &mut Pool,
-        read: impl Fn(usize, &mut [f32]) + Sync,
-        out: &mut [u8],
-    ) -> Result<(), PackError> {
-        let format = self.format;
-        assert!(format.is_float());
-        self.each_row(pool, out, |row, strip| {
-            let mut x = vec![0.0; self.k];
-            read(row, &mut x);
-            let tiles = strip.chunks_exact_mut(format.tile_bytes());
-            tiles.zip(x).fold(true, |finite, (tile, x)| {
-                tile::put_float(format, tile, row % STRIP, x) & finite
-            })
-        })
-    }
-
-    /// Calls `put` with every row and its strip; it says whether all of the row was finite.
-    fn each_row(
-        &self,
-        pool: &mut Pool,
-        out: &mut [u8],
-        put: impl Fn(usize, &mut [u8]) -> bool + Sync,
-    ) -> Result<(), PackError> {
-        assert_eq!(out.len(), self.bytes);
-        let (bytes, format) = (self.strip_bytes(), self.format);
-        let worst = AtomicUsize::new(usize::MAX);
-        let out = Scatter::new(out);
-        pool.phase(self.strips(), |strip| {
-            // SAFETY: every item has its own strip.
-            let out = unsafe { out.part(strip * bytes, bytes) };
-            if self.n < (strip + 1) * STRIP {
-                out.fill(0);
-            }
-            for row in strip * STRIP..self.n.min((strip + 1) * STRIP) {
-                if !put(row, out) {
-                    worst.fetch_min(row, Ordering::Relaxed);
-                }
-            }
-        });
-        match worst.into_inner() {
-            usize::MAX => Ok(()),
-            row => Err(PackError::NotFinite { row, format }),
-        }
-    }
-
     /// Turns row `row` of the packed `data` back into floats.
     ///
     /// # Panics
@@ -224,4 +178,59 @@ impl Layout {
             }
         }
     }
+}
+
+/// Packs matrices, all their strips shared among the threads of `pool`.
+///
+/// # Errors
+/// When a format can't hold a weight, or f16 a scale or a minimum.
+///
+/// # Panics
+/// When a size or a source does not fit its layout, or the machine lacks `isa`.
+pub fn pack(pool: &mut Pool, isa: Isa, matrices: &mut [Packing<'_>]) -> Result<(), NotFinite> {
+    let isa = isa.checked();
+    let mut ends = Vec::new();
+    let mut strips = 0;
+    let mut outs = Vec::new();
+    let (mut blocks, mut floats) = (0, 0);
+    for matrix in matrices.iter_mut() {
+        let Layout { k, format, .. } = matrix.layout;
+        assert_eq!(matrix.out.len(), matrix.layout.bytes);
+        match matrix.source {
+            Source::Blocks(_) => blocks = blocks.max(k / TILE * STRIP),
+            Source::Floats(_) => floats = floats.max(k * STRIP),
+        }
+        assert_eq!(
+            format.is_float(),
+            matches!(matrix.source, Source::Floats(_))
+        );
+        strips += matrix.layout.strips();
+        ends.push(strips);
+        outs.push(Scatter::new(matrix.out));
+    }
+    let mut rows = vec![StripRows::new(blocks, floats); pool.threads()];
+    let matrices = &*matrices;
+    let worst = AtomicUsize::new(usize::MAX);
+    pool.phase_with(&mut rows, strips, |rows, item| {
+        let index = ends.partition_point(|&end| end <= item);
+        let Packing { layout, source, .. } = &matrices[index];
+        let strip = item + layout.strips() - ends[index];
+        let bytes = layout.strip_bytes();
+        // SAFETY: every item has its own strip.
+        let out = unsafe { outs[index].part(strip * bytes, bytes) };
+        if let Err(lane) = rows.pack(isa, layout, *source, strip, out) {
+            worst.fetch_min(item * STRIP + lane, Ordering::Relaxed);
+        }
+    });
+    let worst = worst.into_inner();
+    if worst == usize::MAX {
+        return Ok(());
+    }
+    let matrix = ends.partition_point(|&end| end <= worst / STRIP);
+    let layout = &matrices[matrix].layout;
+    Err(NotFinite {
+        matrix,
+        row: worst - (ends[matrix] - layout.strips()) * STRIP,
+        format: layout.format,
+    })
 }
