@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 import urllib.request
 
 import grpc
@@ -92,3 +94,14 @@ def test_grpc_errors_are_statuses(grpc_api):
         with pytest.raises(grpc.RpcError) as caught:
             grpc_api(INFERENCE, "Generate", fields)
         assert caught.value.code() == code
+
+
+def test_the_examples_run(cluster):
+    root = pathlib.Path(__file__).parents[2]
+    address = cluster.url.removeprefix("http://")
+    for command in (
+        [sys.executable, root / "examples/generate.py", address, "Hello!"],
+        [root / "target/release/examples/generate", cluster.url, "Hello!"],
+    ):
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert len(answer.stdout.strip()) > 10
