@@ -36,7 +36,9 @@ def test_probes_and_metrics(cluster):
     for path in ("/health", "/ready", "/live"):
         assert cluster.get(path)[0] == 200
     assert cluster.get("/nowhere")[0] == 404
-    assert "shoal_time_to_first_token_seconds" in cluster.get("/metrics")[1]
+    body = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4}
+    post(cluster, "/v1/chat/completions", body)
+    assert cluster.metric("shoal_time_to_first_token_seconds_count") >= 1
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +102,8 @@ def test_the_examples_run(cluster):
     root = pathlib.Path(__file__).parents[2]
     address = cluster.url.removeprefix("http://")
     for command in (
-        [sys.executable, root / "examples/generate.py", address, "Hello!"],
-        [root / "target/release/examples/generate", cluster.url, "Hello!"],
+        [sys.executable, root / "examples/generate.py", address, "Tell me a story."],
+        [root / "target/release/examples/generate", cluster.url, "Tell me a story."],
     ):
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         assert len(answer.stdout.strip()) > 10
