@@ -40,7 +40,7 @@ async fn worker() -> Rig {
 /// A prompt of a conversation, and its greedy answer in float32. Its first token is nearly
 /// tied with 60; of the others float32 is sure.
 fn reference() -> (Vec<u32>, Vec<u32>) {
-    let text = include_str!("../../engine/tests/data/greedy-f32.json");
+    let text = include_str!("../../../tests/data/greedy-f32.json");
     let cases: serde_json::Value = serde_json::from_str(text).unwrap();
     let ids = |name: &str| serde_json::from_value(cases[0][name].clone()).unwrap();
     (ids("prompt_ids"), ids("reference_ids"))
