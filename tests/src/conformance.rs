@@ -5,13 +5,7 @@ use shoal_engine::backend::{Backend, BackendError};
 
 use crate::drive::{Sequence, Step};
 
-/// Pages that [`scenario`] needs.
-pub const PAGES: u32 = 7;
-
-/// Rows of its largest step.
-pub const ROWS: usize = 40;
-
-/// Tokens of its sequences.
+/// Tokens of the sequences of [`scenario`].
 const LENGTHS: [usize; 3] = [75, 9, 33];
 
 /// Its steps: each a list of (sequence, rows, role).
@@ -40,31 +34,44 @@ const STEPS: [&[(usize, usize, Role)]; 5] = [
     ],
 ];
 
-/// Three sequences through prefill, decode and verification on scattered pages: for each, its
-/// tokens and the logits of every row.
-pub fn scenario(backend: &mut dyn Backend) -> Result<Vec<(Vec<TokenId>, Vec<f32>)>, BackendError> {
+/// What a sequence was, and what it gave.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trace {
+    /// Its tokens.
+    pub tokens: Vec<TokenId>,
+    /// The logits of every row.
+    pub logits: Vec<f32>,
+}
+
+/// Three sequences through prefill, decode and verification on scattered pages. It takes 7
+/// pages, and up to 40 rows at once.
+pub fn scenario(backend: &mut dyn Backend) -> Result<Vec<Trace>, BackendError> {
     let vocab = backend.spec().vocab;
     let pages = [vec![5, 0, 3], vec![2], vec![6, 1]];
     let mut sequences = pages.map(Sequence::new);
-    let mut results: Vec<_> = (1..)
+    let mut results: Vec<Trace> = (1..)
         .zip(LENGTHS)
-        .map(|(seed, length)| (tokens(seed, length, vocab), Vec::new()))
+        .map(|(seed, length)| Trace {
+            tokens: tokens(seed, length, vocab),
+            logits: Vec::new(),
+        })
         .collect();
     for segments in STEPS {
         let mut step = Step::default();
         for &(i, rows, role) in segments {
             let start = sequences[i].position();
-            step.push(&mut sequences[i], &results[i].0[start..start + rows], role);
+            let tokens = &results[i].tokens[start..start + rows];
+            step.push(&mut sequences[i], tokens, role);
         }
         let logits = step.run(backend)?;
         let mut rest = &logits[..];
         for &(i, rows, _) in segments {
             let (these, after) = rest.split_at(rows * vocab);
-            results[i].1.extend_from_slice(these);
+            results[i].logits.extend_from_slice(these);
             rest = after;
         }
     }
-    for (tokens, logits) in &results {
+    for Trace { tokens, logits } in &results {
         assert_eq!(logits.len(), tokens.len() * vocab);
     }
     Ok(results)

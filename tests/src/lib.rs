@@ -3,8 +3,8 @@
 #![forbid(unsafe_code)]
 
 pub mod accuracy;
+pub mod backends;
 pub mod conformance;
 pub mod drive;
 pub mod model;
 pub mod naive;
-pub mod oracle;

@@ -4,9 +4,9 @@ use serde::Deserialize;
 use shoal_core::Role;
 use shoal_engine::candle::CandleWeights;
 use shoal_tests::accuracy::{log_softmax, top2};
+use shoal_tests::backends::{candle, demo_gguf};
 use shoal_tests::drive::{Sequence, append};
 use shoal_tests::model::data;
-use shoal_tests::oracle::demo_backend;
 
 #[derive(Deserialize)]
 struct Greedy {
@@ -23,7 +23,7 @@ const CLEAR_MARGIN: f64 = 0.05;
 fn candle_follows_transformers() {
     let cases: Vec<Greedy> = serde_json::from_str(&data("greedy-f32.json")).unwrap();
     assert!(!cases.is_empty());
-    let mut candle = demo_backend(CandleWeights::F32);
+    let mut candle = candle(&demo_gguf(), CandleWeights::F32);
     let vocab = shoal_engine::backend::Backend::spec(&candle).vocab;
     for case in cases {
         let Greedy {

@@ -19,9 +19,6 @@ use crate::memory;
 /// Most bytes of the KV pool that are taken unasked.
 const MOST_KV: u64 = 1 << 30;
 
-/// Most rows of one step whose logits a backend keeps.
-const LOGIT_ROWS: usize = 64;
-
 /// A model, ready to run.
 pub(crate) struct Loaded {
     pub(crate) backend: Box<dyn Backend>,
@@ -60,14 +57,19 @@ impl LoadError {
 /// # Errors
 /// When the file is broken, unsupported, or larger than the memory that is available.
 pub(crate) fn model(config: &WorkerConfig) -> Result<Loaded, LoadError> {
+    within(memory::available(), config)
+}
+
+/// [`model`] within so many bytes, where they are known.
+pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Loaded, LoadError> {
     let gguf = Gguf::open(&config.model)?;
     let mut spec = ModelSpec::from_gguf(&gguf)?;
     spec.context = spec.context.min(config.context.unwrap_or(usize::MAX));
     let tokenizer = bundle_from_gguf(&gguf)?;
     let weights: u64 = gguf.tensors().map(|tensor| tensor.data.len() as u64).sum();
-    let pages = pages(config, &spec, weights)?;
+    let pages = pages(config, &spec, weights, available)?;
     let max_rows = config.engine.step_rows;
-    let max_logit_rows = LOGIT_ROWS.min(max_rows);
+    let max_logit_rows = config.engine.max_running.min(max_rows);
     let backend: Box<dyn Backend> = match config.backend {
         BackendKind::Cpu => {
             let threads = config.threads.or_else(|| available_parallelism().ok());
@@ -95,10 +97,15 @@ pub(crate) fn model(config: &WorkerConfig) -> Result<Loaded, LoadError> {
 }
 
 /// Pages of the KV pool, after a check that they and the weights fit.
-fn pages(config: &WorkerConfig, spec: &ModelSpec, weights: u64) -> Result<u32, LoadError> {
+fn pages(
+    config: &WorkerConfig,
+    spec: &ModelSpec,
+    weights: u64,
+    available: Option<u64>,
+) -> Result<u32, LoadError> {
     let page = CpuBackend::page_bytes(spec) as u64;
     let context = spec.context.div_ceil(PAGE_TOKENS) as u64 * page;
-    let available = memory::available().unwrap_or(u64::MAX);
+    let available = available.unwrap_or(u64::MAX);
     let kv = config
         .kv_bytes
         .unwrap_or_else(|| (available / 4).min(MOST_KV).max(context.min(MOST_KV)));

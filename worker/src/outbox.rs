@@ -16,6 +16,7 @@ use shoal_proto::worker::{
     self as proto, Finish, Logprob, Pong, Rejected, StepOutput, WorkerFrame, worker_frame::Frame,
 };
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 use crate::wire;
 
@@ -37,6 +38,7 @@ pub(crate) struct Outbox {
     limit: usize,
     pending: Mutex<Pending>,
     wake: Notify,
+    overflowed: CancellationToken,
 }
 
 /// Everything since the session took the last.
@@ -58,6 +60,7 @@ impl Outbox {
             limit,
             pending: Mutex::default(),
             wake: Notify::new(),
+            overflowed: CancellationToken::new(),
         }
     }
 
@@ -77,6 +80,9 @@ impl Outbox {
         for output in outputs {
             pending.push(wire::output(output), self.limit);
         }
+        if pending.overflow {
+            self.overflowed.cancel();
+        }
     }
 
     /// Wakes the session if the step gave it something.
@@ -91,6 +97,8 @@ impl Outbox {
         let bytes = mem::size_of::<Rejected>() + rejected.message.len();
         if pending.take_room(bytes, self.limit) {
             pending.rejected.push(rejected);
+        } else {
+            self.overflowed.cancel();
         }
         drop(pending);
         self.wake.notify_one();
@@ -100,6 +108,11 @@ impl Outbox {
     pub(crate) fn pong(&self, pong: Pong) {
         self.lock().pong = Some(pong);
         self.wake.notify_one();
+    }
+
+    /// Waits until the backlog passes its limit, also while nobody takes from it.
+    pub(crate) async fn overflowed(&self) {
+        self.overflowed.cancelled().await;
     }
 
     /// Waits for something to send and takes all of it. Cancel-safe.
@@ -179,7 +192,7 @@ impl Pending {
         let mut pieces = self.outputs.into_iter().flat_map(pieces).peekable();
         let steps = iter::from_fn(move || {
             let sequences = fill(&mut pieces);
-            (!sequences.is_empty()).then(|| StepOutput {
+            (!sequences.is_empty()).then_some(StepOutput {
                 step,
                 sequences,
                 load: Some(load),
@@ -375,6 +388,7 @@ mod tests {
         publish(&outbox, 3, vec![output(1, 2010, 1)]);
         assert_eq!(outbox.try_take().unwrap_err(), Overflow);
         assert!(outbox.lock().outputs.is_empty());
+        assert!(outbox.overflowed.is_cancelled());
     }
 
     #[test]

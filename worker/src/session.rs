@@ -36,12 +36,6 @@ struct Session {
     ended: CancellationToken,
 }
 
-enum News {
-    Pending(Pending),
-    State(WorkerState),
-    End,
-}
-
 /// Starts a session on the router's frames; gives the worker's.
 pub(crate) fn start(
     worker: Arc<Worker>,
@@ -77,7 +71,14 @@ impl Session {
             }
             Ok::<_, Status>(())
         };
-        if let Some(Err(status)) = self.ended.run_until_cancelled(handle).await {
+        let result = tokio::select! {
+            biased;
+            () = self.ended.cancelled() => Ok(()),
+            // The stream may have no room to end by itself.
+            () = self.seat.outbox.overflowed() => Ok(()),
+            result = handle => result,
+        };
+        if let Err(status) = result {
             tracing::debug!(session = self.seat.id, %status, "session broke off");
         }
         self.ended.cancel();
@@ -92,29 +93,29 @@ impl Session {
         state.mark_changed();
         async_stream::try_stream! {
             let _end = end;
-            loop {
-                match self.news(&mut state).await? {
-                    News::Pending(pending) => {
-                        for frame in self.frames(pending) {
-                            yield frame;
-                        }
-                    }
-                    News::State(state) => yield state_frame(state),
-                    News::End => break,
+            while let Some(frames) = self.news(&mut state).await? {
+                for frame in frames {
+                    yield frame;
                 }
             }
         }
     }
 
     /// What the router is to hear next; the end comes when nothing else is left.
-    async fn news(&self, state: &mut watch::Receiver<WorkerState>) -> Result<News, Status> {
+    async fn news(
+        &self,
+        state: &mut watch::Receiver<WorkerState>,
+    ) -> Result<Option<impl Iterator<Item = WorkerFrame> + use<>>, Status> {
         let overflow = |Overflow| Status::resource_exhausted("the session is read too slowly");
-        tokio::select! {
+        let (state, pending) = tokio::select! {
             biased;
-            Ok(()) = state.changed() => Ok(News::State(*state.borrow_and_update())),
-            pending = self.seat.outbox.take() => pending.map(News::Pending).map_err(overflow),
-            () = self.ended.cancelled() => Ok(News::End),
-        }
+            Ok(()) = state.changed() => (Some(*state.borrow_and_update()), None),
+            pending = self.seat.outbox.take() => (None, Some(pending.map_err(overflow)?)),
+            () = self.ended.cancelled() => return Ok(None),
+        };
+        let frames = pending.map(|pending| self.frames(pending));
+        let state = state.map(state_frame).into_iter();
+        Ok(Some(state.chain(frames.into_iter().flatten())))
     }
 
     fn handle(&self, frame: RouterFrame) {

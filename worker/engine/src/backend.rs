@@ -60,6 +60,24 @@ pub enum BackendError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The kernels cannot split a dimension of the model into whole vectors.
+    #[error("{what} is {width}, not a multiple of {multiple}")]
+    Width {
+        /// The dimension.
+        what: &'static str,
+        /// Its size.
+        width: usize,
+        /// What must divide it.
+        multiple: usize,
+    },
+    /// Too many query heads share a key-value head.
+    #[error("{group} query heads share a key-value head, at most {max} can")]
+    QueryGroup {
+        /// How many share one.
+        group: usize,
+        /// How many can.
+        max: usize,
+    },
     /// Weights and KV pool do not fit.
     #[error("{needed} bytes are needed for {what}, {available} are available")]
     OutOfMemory {
@@ -79,10 +97,8 @@ impl BackendError {
     /// What to do about it.
     pub fn class(&self) -> Class {
         match self {
-            Self::BatchTooLarge { .. } | Self::Weights { .. } | Self::OutOfMemory { .. } => {
-                Class::Fatal
-            }
             Self::Device(_) => Class::Retry,
+            _ => Class::Fatal,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The CPU backend on the demo model: near float32, and the same bits however a sequence is
 //! batched, chunked, placed or computed.
 //!
-//! `data/greedy-f32.json` was made with transformers in float32 on the dequantised weights.
+//! `tests/data/greedy-f32.json` was made with transformers in float32 on the dequantised weights.
 
 use std::path::PathBuf;
 
@@ -102,7 +102,7 @@ fn logprob(logits: &[f32], token: u32) -> f64 {
 }
 
 fn references() -> Vec<(Vec<u32>, Vec<u32>, Vec<(u32, f64)>)> {
-    let text = include_str!("data/greedy-f32.json");
+    let text = include_str!("../../../tests/data/greedy-f32.json");
     let cases: serde_json::Value = serde_json::from_str(text).unwrap();
     let ids = |v: &serde_json::Value| -> Vec<u32> {
         v.as_array()

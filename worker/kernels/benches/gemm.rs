@@ -130,7 +130,7 @@ fn step(
     let mut acts: Vec<Activations> = Vec::new();
     for (_, _, k, format, _) in SHAPES {
         let x: Vec<f32> = (0..k).map(|i| (i % 13) as f32 - 6.0).collect();
-        let mut rows_of = Activations::new(rows, k, format.precision());
+        let mut rows_of = Activations::new(rows, k, [format.precision()]);
         (0..rows).for_each(|row| rows_of.write(isa, row, 0, &x));
         acts.push(rows_of);
     }

@@ -8,6 +8,10 @@ use crate::attention::{
     MAX_QUERIES, PAGE, Query, Scratch, append_key, append_value, attend, page_words,
 };
 use crate::pool::{Pool, Scatter};
+use crate::simd::LANES;
+
+/// What divides the width of a head.
+pub const HEAD_MULTIPLE: usize = LANES;
 
 /// Heads of an attention layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,7 +20,7 @@ pub struct Heads {
     pub q: usize,
     /// Key–value heads; divides `q`.
     pub kv: usize,
-    /// Width of a head, a multiple of 16.
+    /// Width of a head, a multiple of [`HEAD_MULTIPLE`].
     pub dim: usize,
 }
 
@@ -73,8 +77,8 @@ impl KvPool {
     }
 
     /// Passes each row's q, k and v through `each` (which may normalise and rotate a head in
-    /// place: `each(row, head, values)`, heads numbered q first, then k), and stores keys and
-    /// values.
+    /// place: `each(row, head, values)`, heads numbered q first, then k, then v), and stores
+    /// keys and values.
     ///
     /// # Panics
     /// When a run has no page for a row, or a page is not of the pool.
@@ -110,6 +114,7 @@ impl KvPool {
                             qkv.part(row * width + (q + kv + head) * dim, dim),
                         )
                     };
+                    each(row, q + kv + head, value);
                     append_key(page, position % PAGE, values);
                     append_value(page, position % PAGE, value);
                 }

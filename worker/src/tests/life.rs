@@ -64,9 +64,9 @@ async fn the_end_waits_for_running_sequences() {
 async fn the_end_does_not_wait_for_ever() {
     let rig = Rig::with(|config| config.drain = Duration::ZERO).await;
     let mut session = rig.session().await;
-    session.submit(submit(1, &[1], CONTEXT as u32)).await;
-    session.outputs().await;
     rig.control.hold();
+    session.submit(submit(1, &[1], CONTEXT as u32)).await;
+    session.ping(1).await;
     rig.shutdown.start();
     in_time(async { while rig.get("/ready").await.0 == 200 {} }).await;
     rig.control.release();

@@ -4,6 +4,8 @@
 
 mod fake;
 mod life;
+mod load;
+mod model;
 mod rig;
 mod service;
 mod session;

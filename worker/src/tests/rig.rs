@@ -25,6 +25,7 @@ use crate::{
     WorkerConfig, WorkerError,
     load::{LoadError, Loaded},
     run,
+    run::serve,
 };
 
 /// Longer than anything here takes.
@@ -36,6 +37,7 @@ pub(crate) async fn in_time<T>(future: impl Future<Output = T>) -> T {
 
 pub(crate) struct Rig {
     pub(crate) address: SocketAddr,
+    /// Of the fake backend, where that runs.
     pub(crate) control: Control,
     pub(crate) shutdown: Shutdown,
     pub(crate) task: JoinHandle<Result<(), WorkerError>>,
@@ -85,10 +87,25 @@ impl Rig {
         let listener = net::bind(&config.listen).await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = Shutdown::new();
-        let task = tokio::spawn(run::serve(config, listener, shutdown.clone(), load));
+        let task = tokio::spawn(serve(config, listener, shutdown.clone(), load));
         Self {
             address,
             control,
+            shutdown,
+            task,
+        }
+    }
+
+    /// The worker as a process runs it, on the model that `config` names.
+    pub(crate) async fn running(config: WorkerConfig) -> Self {
+        let shutdown = Shutdown::new();
+        let mut phase = shutdown.phase();
+        let task = tokio::spawn(run(config, shutdown.clone()));
+        let listening = in_time(phase.wait_for(|phase| phase.address.is_some())).await;
+        let address = listening.unwrap().address.unwrap();
+        Self {
+            address,
+            control: Control::default(),
             shutdown,
             task,
         }
@@ -116,6 +133,14 @@ impl Rig {
         in_time(stream.read_to_string(&mut response)).await.unwrap();
         let (head, body) = response.split_once("\r\n\r\n").unwrap();
         (head[9..12].parse().unwrap(), body.to_owned())
+    }
+
+    /// The value of a metric without labels.
+    pub(crate) async fn metric(&self, name: &str) -> f64 {
+        let (_, text) = self.get("/metrics").await;
+        let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+        let (_, value) = lines.find(|(of, _)| *of == name).expect("a metric");
+        value.parse().unwrap()
     }
 
     /// Waits until the metrics hold all of these lines.
@@ -222,13 +247,22 @@ impl Session {
 
     /// A sequence's tokens and its last output.
     pub(crate) async fn answer(&mut self, sequence: u64) -> (Vec<u32>, SequenceOutput) {
+        self.rest(sequence, 0).await
+    }
+
+    /// The same of a sequence that resumed after `offset` tokens.
+    pub(crate) async fn rest(
+        &mut self,
+        sequence: u64,
+        offset: usize,
+    ) -> (Vec<u32>, SequenceOutput) {
         let mut tokens = Vec::new();
         loop {
             for output in self.outputs().await {
                 if output.sequence != sequence {
                     continue;
                 }
-                assert_eq!(output.output_offset as usize, tokens.len());
+                assert_eq!(output.output_offset as usize, offset + tokens.len());
                 tokens.extend(&output.tokens);
                 if output.finish() != Finish::Unspecified {
                     return (tokens, output);

@@ -8,7 +8,7 @@ use shoal_proto::worker::{
     DescribeRequest, DrainRequest, FetchTokenizerRequest, Finish, ModelDescription, RejectReason,
     TokenizerBundle, UndrainRequest, WorkerState, worker_frame,
 };
-use tonic::Code;
+use tonic::{Code, Status};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -29,6 +29,18 @@ impl Rig {
         let mut client = HealthClient::new(self.channel());
         let response = in_time(client.check(request)).await;
         response.unwrap().into_inner().status()
+    }
+
+    /// The pieces of the tokenizer that has this hash.
+    pub(crate) async fn tokenizer(&self, sha256: Vec<u8>) -> Result<Vec<Vec<u8>>, Status> {
+        let request = FetchTokenizerRequest { sha256 };
+        let mut client = self.client();
+        let mut chunks = in_time(client.fetch_tokenizer(request)).await?.into_inner();
+        let mut pieces = Vec::new();
+        while let Some(chunk) = in_time(chunks.message()).await? {
+            pieces.push(chunk.data);
+        }
+        Ok(pieces)
     }
 }
 
@@ -62,26 +74,14 @@ async fn the_model_is_described() {
 async fn the_tokenizer_comes_in_pieces_by_its_hash() {
     let rig = Rig::start().await;
     let sha256 = rig.description().await.tokenizer_sha256;
-    let request = FetchTokenizerRequest {
-        sha256: sha256.clone(),
-    };
-    let mut client = rig.client();
-    let mut chunks = client.fetch_tokenizer(request).await.unwrap().into_inner();
-    let (mut bundle, mut pieces) = (Vec::new(), 0);
-    while let Some(chunk) = in_time(chunks.message()).await.unwrap() {
-        assert!(chunk.data.len() <= 256 << 10);
-        bundle.extend(chunk.data);
-        pieces += 1;
-    }
-    assert!(pieces > 1);
+    let pieces = rig.tokenizer(sha256.clone()).await.unwrap();
+    assert!(pieces.len() > 1 && pieces.iter().all(|piece| piece.len() <= 256 << 10));
+    let bundle = pieces.concat();
     assert_eq!(Sha256::digest(&bundle).to_vec(), sha256);
     let decoded: TokenizerBundle = prost::Message::decode(bundle.as_slice()).unwrap();
     assert_eq!(decoded, tokenizer());
 
-    let other = FetchTokenizerRequest {
-        sha256: vec![0; 32],
-    };
-    let status = client.fetch_tokenizer(other).await.err().unwrap();
+    let status = rig.tokenizer(vec![0; 32]).await.unwrap_err();
     assert_eq!(status.code(), Code::NotFound);
 }
 
@@ -134,14 +134,14 @@ async fn draining_lets_the_running_finish_and_takes_no_more() {
 async fn what_is_left_at_the_drain_s_deadline_is_preempted() {
     let rig = Rig::start().await;
     let mut session = rig.session().await;
-    session.submit(submit(1, &[1], CONTEXT as u32)).await;
-    session.outputs().await;
     rig.control.hold();
+    session.submit(submit(1, &[1], CONTEXT as u32)).await;
+    session.ping(1).await;
     let drain = DrainRequest { deadline_ms: 1 };
     in_time(rig.client().drain(drain)).await.unwrap();
     let deadline = Instant::now() + Duration::from_millis(1);
     while Instant::now() <= deadline {
-        session.ping(1).await;
+        session.ping(2).await;
     }
     rig.control.release();
     loop {

@@ -86,13 +86,13 @@ async fn a_ping_is_answered_with_the_engine_s_steps() {
 async fn a_cancelled_sequence_ends() {
     let rig = Rig::start().await;
     let mut session = rig.session().await;
+    rig.control.hold();
     session.submit(submit(1, &[1], CONTEXT as u32)).await;
-    session.outputs().await;
+    session.ping(1).await;
     let (sequence, attempt) = (1, 0);
     let cancel = Cancel { sequence, attempt };
-    rig.control.hold();
     session.send(router_frame::Frame::Cancel(cancel)).await;
-    session.ping(1).await;
+    session.ping(2).await;
     rig.control.release();
     loop {
         if let Some(last) = session.outputs().await.pop()
@@ -108,7 +108,7 @@ async fn a_cancelled_sequence_ends() {
 
 #[tokio::test]
 async fn every_refusal_has_its_reason() {
-    let rig = Rig::with(|config| config.engine.max_waiting = 1).await;
+    let rig = Rig::with(|config| config.engine.max_waiting = 2).await;
     let mut session = rig.session().await;
     let mut named = submit(1, &[1], 1);
     (named.numerics_id, named.epoch) = (NUMERICS.into(), rig.description().await.epoch);
@@ -139,6 +139,7 @@ async fn every_refusal_has_its_reason() {
         assert!(rejected.message.contains(message), "{}", rejected.message);
     }
 
+    // Of those that ended, the last may still be counted.
     rig.control.hold();
     for sequence in 10..14 {
         session.submit(submit(sequence, &[1], 1)).await;
@@ -155,15 +156,18 @@ async fn every_refusal_has_its_reason() {
 #[tokio::test]
 async fn the_end_of_the_router_s_stream_cancels_and_ends_the_session() {
     let rig = Rig::start().await;
-    let Session { send, mut frames } = {
-        let mut session = rig.session().await;
-        session.submit(submit(1, &[1], CONTEXT as u32)).await;
-        session.outputs().await;
-        session
-    };
+    let mut session = rig.session().await;
+    rig.control.hold();
+    session.submit(submit(1, &[1], CONTEXT as u32)).await;
+    session.ping(1).await;
+    let Session { send, mut frames } = session;
     drop(send);
     while in_time(frames.message()).await.unwrap().is_some() {}
+    rig.until_metrics(&["shoal_worker_sessions 0"]).await;
+    rig.control.release();
     rig.until_empty().await;
+    // The warm-up's, and that of the step that was held.
+    assert!(rig.metric("shoal_engine_decode_tokens_total").await <= 2.0);
 }
 
 #[tokio::test]
@@ -222,8 +226,14 @@ async fn a_session_that_is_never_read_is_closed() {
         });
         session.submit(scored).await;
     }
-    rig.until_metrics(&["shoal_engine_running_sequences 0"])
-        .await;
+    // The engine gives it up before anybody reads.
+    in_time(async {
+        while rig.metric("shoal_engine_decode_tokens_total").await < 100.0
+            || rig.metric("shoal_engine_running_sequences").await > 0.0
+        {}
+    })
+    .await;
+    assert!(rig.metric("shoal_engine_decode_tokens_total").await < 16.0 * 4000.0);
     let status = loop {
         match session.frame().await {
             Ok(frame) => assert!(frame.is_some(), "the stream ends with a status"),

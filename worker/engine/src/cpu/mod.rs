@@ -7,12 +7,13 @@ use sha2::{Digest, Sha256};
 use shoal_core::PAGE_TOKENS;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
+use shoal_kernels::attention::MAX_QUERIES;
 use shoal_kernels::elementwise::{norm_quantize, quantize, silu_quantize};
 use shoal_kernels::gemm::Write;
-use shoal_kernels::kv::{Heads, KvPool, Run};
+use shoal_kernels::kv::{HEAD_MULTIPLE, Heads, KvPool, Run};
 use shoal_kernels::norm::rms_norm_in_place;
 use shoal_kernels::pool::Pool;
-use shoal_kernels::quant::Activations;
+use shoal_kernels::quant::{Activations, BLOCK};
 use shoal_kernels::rope::{fill_table, rotate_halves, rotate_interleaved};
 
 use crate::backend::{Backend, BackendError, Batch, NumericsId};
@@ -72,24 +73,12 @@ impl CpuBackend {
     /// Packs the weights and allocates the KV pool.
     ///
     /// # Errors
-    /// When a tensor is missing or of a shape that the kernels can't take, or memory or
-    /// threads are refused.
+    /// When a tensor is missing, the kernels can't take a width, or memory or threads are
+    /// refused.
     pub fn load(gguf: &Gguf, spec: ModelSpec, options: CpuOptions) -> Result<Self, BackendError> {
+        check(&spec)?;
         let heads = heads(&spec);
         let q_width = heads.q * heads.dim;
-        for (tensor, width) in [
-            ("embedding_length", spec.d_model),
-            ("attention heads", q_width),
-            ("feed_forward_length", spec.d_ff),
-            ("head width", 2 * heads.dim),
-        ] {
-            if !weights::fits(width) {
-                return Err(BackendError::Weights {
-                    tensor: tensor.to_owned(),
-                    reason: format!("{width} does not fill whole vectors"),
-                });
-            }
-        }
         let device = |error: std::io::Error| BackendError::Device(Box::new(error));
         let mut pool = Pool::new(options.threads).map_err(device)?;
         let weights = Weights::load(gguf, &spec, (&mut pool, options.isa))?;
@@ -105,31 +94,11 @@ impl CpuBackend {
             attention: vec![0.0; rows * q_width],
             gate_up: vec![0.0; rows * 2 * spec.d_ff],
             rope: vec![0.0; rows * 2 * spec.rope.inv_freq.len()],
-            attn_in: inputs(
-                rows,
-                spec.d_model,
-                "attn_q",
-                weights.each(|layer| &layer.qkv),
-            )?,
-            attn_out: inputs(
-                rows,
-                q_width,
-                "attn_output",
-                weights.each(|layer| &layer.attn_output),
-            )?,
-            ffn_in: inputs(
-                rows,
-                spec.d_model,
-                "ffn_gate",
-                weights.each(|layer| &layer.gate_up),
-            )?,
-            ffn_out: inputs(
-                rows,
-                spec.d_ff,
-                "ffn_down",
-                weights.each(|layer| &layer.down),
-            )?,
-            head: inputs(rows, spec.d_model, "output", std::iter::once(&weights.head))?,
+            attn_in: inputs(rows, spec.d_model, weights.each(|layer| &layer.qkv)),
+            attn_out: inputs(rows, q_width, weights.each(|layer| &layer.attn_output)),
+            ffn_in: inputs(rows, spec.d_model, weights.each(|layer| &layer.gate_up)),
+            ffn_out: inputs(rows, spec.d_ff, weights.each(|layer| &layer.down)),
+            head: inputs(rows, spec.d_model, std::iter::once(&weights.head)),
         };
         Ok(Self {
             numerics_id: NumericsId(sha.finalize().into()),
@@ -143,23 +112,39 @@ impl CpuBackend {
     }
 }
 
-/// Rows of inputs in the one precision that all of `consumers` take.
+/// Room for `rows` rows of inputs, in every precision that one of `consumers` takes.
 fn inputs<'a>(
     rows: usize,
     width: usize,
-    name: &str,
-    mut consumers: impl Iterator<Item = &'a Linear>,
-) -> Result<Activations, BackendError> {
-    let first = consumers.next().and_then(Linear::precision);
-    match first {
-        Some(precision) if consumers.all(|other| other.precision() == first) => {
-            Ok(Activations::new(rows, width, precision))
+    consumers: impl Iterator<Item = &'a Linear>,
+) -> Activations {
+    Activations::new(rows, width, consumers.flat_map(Linear::precisions))
+}
+
+/// Whether the kernels can run a model of this shape.
+fn check(spec: &ModelSpec) -> Result<(), BackendError> {
+    for (what, width, multiple) in [
+        ("the model's width", spec.d_model, BLOCK),
+        ("the width of all heads", spec.n_head * spec.head_dim, BLOCK),
+        ("the feed-forward width", spec.d_ff, BLOCK),
+        ("the width of a head", spec.head_dim, HEAD_MULTIPLE),
+    ] {
+        if !width.is_multiple_of(multiple) {
+            return Err(BackendError::Width {
+                what,
+                width,
+                multiple,
+            });
         }
-        _ => Err(BackendError::Weights {
-            tensor: name.to_owned(),
-            reason: "quantised and float matrices are mixed".to_owned(),
-        }),
     }
+    let group = spec.n_head / spec.n_kv_head;
+    if group > MAX_QUERIES {
+        return Err(BackendError::QueryGroup {
+            group,
+            max: MAX_QUERIES,
+        });
+    }
+    Ok(())
 }
 
 fn heads(spec: &ModelSpec) -> Heads {

@@ -27,14 +27,11 @@ struct Placed {
 }
 
 impl Linear {
-    /// How its inputs are kept, if all of its matrices agree.
-    pub(super) fn precision(&self) -> Option<Precision> {
-        let mut all = self
-            .parts
+    /// How its matrices take their inputs.
+    pub(super) fn precisions(&self) -> impl Iterator<Item = Precision> {
+        self.parts
             .iter()
-            .map(|part| part.layout.format().precision());
-        let first = all.next()?;
-        all.all(|other| other == first).then_some(first)
+            .map(|part| part.layout.format().precision())
     }
 }
 
@@ -312,9 +309,4 @@ impl Weights {
             row -= part.layout.n();
         }
     }
-}
-
-/// Whether the kernels can take inputs of this width.
-pub(super) fn fits(width: usize) -> bool {
-    width.is_multiple_of(TILE)
 }

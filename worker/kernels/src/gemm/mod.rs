@@ -86,7 +86,7 @@ pub fn multiply(
     assert!(rows <= acts.rows() && out.len() >= rows * width);
     for matrix in matrices {
         assert_eq!(matrix.layout.k(), acts.k());
-        assert_eq!(matrix.layout.format().precision(), acts.precision());
+        assert!(acts.holds(matrix.layout.format().precision()));
     }
     let threads = pool.threads();
     let chunks = |m: &Matrix<'_>| m.layout.strips().div_ceil(m.chunk(threads));

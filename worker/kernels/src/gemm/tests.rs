@@ -152,8 +152,11 @@ impl Packed {
     }
 }
 
-fn activations(isa: Isa, x: &[f32], k: usize, precision: Precision) -> Activations {
-    let mut acts = Activations::new(x.len() / k, k, precision);
+/// `x` as the matrices take it.
+fn activations(isa: Isa, x: &[f32], matrices: &[Matrix<'_>]) -> Activations {
+    let k = matrices[0].layout.k();
+    let precisions = matrices.iter().map(|m| m.layout.format().precision());
+    let mut acts = Activations::new(x.len() / k, k, precisions);
     for (row, x) in x.chunks_exact(k).enumerate() {
         acts.write(isa, row, 0, x);
     }
@@ -162,15 +165,11 @@ fn activations(isa: Isa, x: &[f32], k: usize, precision: Precision) -> Activatio
 
 /// The product for every instruction set: one result, bit for bit.
 fn product(matrices: &[Matrix<'_>], x: &[f32], threads: usize) -> Vec<f32> {
-    let (k, precision) = (
-        matrices[0].layout.k(),
-        matrices[0].layout.format().precision(),
-    );
     let n: usize = matrices.iter().map(|m| m.layout.n()).sum();
     let mut pool = Pool::new(threads).unwrap();
-    let rows = x.len() / k;
+    let rows = x.len() / matrices[0].layout.k();
     let mut products = isas().into_iter().map(|isa| {
-        let acts = activations(isa, x, k, precision);
+        let acts = activations(isa, x, matrices);
         let mut out = vec![f32::NAN; rows * n];
         multiply(&mut pool, isa, matrices, &acts, rows, &mut out, Write::Set);
         out
@@ -190,12 +189,12 @@ fn bits(x: &[f32]) -> Vec<u32> {
 /// are kept, to within the roundings that the definition allows.
 fn check(packed: &Packed, x: &[f32], out: &[f32]) {
     let (n, k) = (packed.layout.n(), packed.layout.k());
-    let acts = activations(Isa::Scalar, x, k, packed.layout.format().precision());
+    let acts = activations(Isa::Scalar, x, &[packed.matrix()]);
     let roundings = 4.0 + 4.0 * (k / packed.layout.format().tile_columns()) as f64;
     for (row, out) in out.chunks_exact(n).enumerate() {
         // SAFETY: in bounds, and nothing writes.
         let act = |i: usize| unsafe {
-            match acts.precision() {
+            match packed.layout.format().precision() {
                 Precision::F32 => f64::from(*acts.float(row, i)),
                 Precision::Int8 => {
                     let block = &*acts.block(row, i / TILE);
@@ -274,13 +273,10 @@ fn batches_beyond_a_row_block_agree() {
 #[test]
 fn matrices_side_by_side_are_the_matrices() {
     let k = 64;
-    let formats = [Format::U4Min, Format::U8Halves(32), Format::U4Zero];
-    let packed: Vec<Packed> = (0..3)
-        .map(|i| {
-            let source = Quants::random(formats[i], 16 * i + 5, k, i as u64, 0.1);
-            Packed::quants(formats[i], &source, 1)
-        })
-        .collect();
+    let floats = Packed::floats(Format::F16, &random(21 * k, 4), k);
+    let [first, last] = [(Format::U4Min, 5), (Format::U8Halves(32), 37)]
+        .map(|(format, n)| Packed::quants(format, &Quants::random(format, n, k, n as u64, 0.1), 1));
+    let packed = [first, floats, last];
     let matrices: Vec<Matrix<'_>> = packed.iter().map(Packed::matrix).collect();
     let x = random(11 * k, 5);
     let together = product(&matrices, &x, 3);
@@ -304,7 +300,7 @@ fn adding_adds_the_product_last() {
     let sum: Vec<f32> = residual.iter().zip(&set).map(|(r, s)| r + s).collect();
     let mut pool = Pool::new(2).unwrap();
     for isa in isas() {
-        let acts = activations(isa, &x, k, Precision::Int8);
+        let acts = activations(isa, &x, &[packed.matrix()]);
         let mut out = residual.clone();
         multiply(
             &mut pool,

@@ -64,20 +64,15 @@ pub enum Precision {
     F32,
 }
 
-#[derive(Debug)]
-enum Store {
-    Int8(Box<[UnsafeCell<QuantBlock>]>),
-    F32(Box<[UnsafeCell<f32>]>),
-}
-
-/// Rows of `k` activations in the form in which a product reads them, allocated once and
+/// Rows of `k` activations in the forms in which products read them, allocated once and
 /// written again in every step.
 ///
 /// Threads may share it: each writes its own rows or columns through
 /// [`write_shared`](Self::write_shared).
 #[derive(Debug)]
 pub struct Activations {
-    store: Store,
+    int8: Option<Box<[UnsafeCell<QuantBlock>]>>,
+    f32: Option<Box<[UnsafeCell<f32>]>>,
     rows: usize,
     k: usize,
 }
@@ -86,23 +81,33 @@ pub struct Activations {
 unsafe impl Sync for Activations {}
 
 impl Activations {
-    /// Room for `rows` rows of `k` values.
+    /// Room for `rows` rows of `k` values, each row in all of `precisions`: matrices of
+    /// floats and quantised ones may then share their inputs.
     ///
     /// # Panics
-    /// If the precision is int8 and `k` no multiple of [`BLOCK`].
-    pub fn new(rows: usize, k: usize, precision: Precision) -> Self {
+    /// If one is int8 and `k` no multiple of [`BLOCK`].
+    pub fn new(rows: usize, k: usize, precisions: impl IntoIterator<Item = Precision>) -> Self {
         fn zeros<T: Default>(len: usize) -> Box<[UnsafeCell<T>]> {
             (0..len).map(|_| UnsafeCell::default()).collect()
         }
         let padded = rows.next_multiple_of(GROUP);
-        let store = match precision {
-            Precision::Int8 => {
-                assert!(k.is_multiple_of(BLOCK), "{k} is no multiple of {BLOCK}");
-                Store::Int8(zeros(padded * (k / BLOCK)))
-            }
-            Precision::F32 => Store::F32(zeros(padded * k)),
+        let mut all = Self {
+            int8: None,
+            f32: None,
+            rows,
+            k,
         };
-        Self { store, rows, k }
+        for precision in precisions {
+            match precision {
+                Precision::Int8 if all.int8.is_none() => {
+                    assert!(k.is_multiple_of(BLOCK), "{k} is no multiple of {BLOCK}");
+                    all.int8 = Some(zeros(padded * (k / BLOCK)));
+                }
+                Precision::F32 if all.f32.is_none() => all.f32 = Some(zeros(padded * k)),
+                _ => {}
+            }
+        }
+        all
     }
 
     /// The most rows it holds.
@@ -115,18 +120,18 @@ impl Activations {
         self.k
     }
 
-    /// How they are kept.
-    pub fn precision(&self) -> Precision {
-        match self.store {
-            Store::Int8(_) => Precision::Int8,
-            Store::F32(_) => Precision::F32,
+    /// Whether they are kept so.
+    pub fn holds(&self, precision: Precision) -> bool {
+        match precision {
+            Precision::Int8 => self.int8.is_some(),
+            Precision::F32 => self.f32.is_some(),
         }
     }
 
     /// Writes `x` into the columns of `row` from `first` on.
     ///
     /// # Panics
-    /// If `x` does not fit, if the machine lacks `isa`, or if the precision is int8 and `first`
+    /// If `x` does not fit, if the machine lacks `isa`, or if they are kept as int8 and `first`
     /// or the length of `x` is no multiple of [`BLOCK`].
     pub fn write(&mut self, isa: Isa, row: usize, first: usize, x: &[f32]) {
         // SAFETY: `&mut self` excludes every other thread.
@@ -142,13 +147,14 @@ impl Activations {
     /// As `write`.
     pub unsafe fn write_shared(&self, isa: Isa, row: usize, first: usize, x: &[f32]) {
         assert!(row < self.rows && first <= self.k && x.len() <= self.k - first);
-        if self.precision() == Precision::F32 {
+        if let Some(floats) = &self.f32 {
             for (i, &x) in x.iter().enumerate() {
-                // SAFETY: the asserted bounds keep it inside; the caller excludes races.
-                unsafe { self.float(row, first + i).write(x) };
+                let at = floats[self.index(row, first + i, self.k)].get();
+                // SAFETY: the index is checked; the caller excludes races.
+                unsafe { at.write(x) };
             }
-            return;
         }
+        let Some(blocks) = &self.int8 else { return };
         let (x, rest) = x.as_chunks::<BLOCK>();
         assert!(
             rest.is_empty() && first.is_multiple_of(BLOCK),
@@ -165,8 +171,9 @@ impl Activations {
                 Isa::Avx2 => unsafe { x86::block_avx2(x) },
                 _ => scalar::block(x),
             };
+            let at = blocks[self.index(row, first / BLOCK + i, self.k / BLOCK)].get();
             // SAFETY: as above.
-            unsafe { self.block(row, first / BLOCK + i).write(block) };
+            unsafe { at.write(block) };
         }
     }
 
@@ -174,24 +181,24 @@ impl Activations {
     /// of the next row of the group 1 further.
     ///
     /// # Panics
-    /// If it is outside, or the precision another.
+    /// If it is outside, or they are not kept as int8.
     #[inline]
     pub(crate) fn block(&self, row: usize, block: usize) -> *mut QuantBlock {
-        match &self.store {
-            Store::Int8(blocks) => blocks[self.index(row, block, self.k / BLOCK)].get(),
-            Store::F32(_) => panic!("activations of f32, not int8"),
+        match &self.int8 {
+            Some(blocks) => blocks[self.index(row, block, self.k / BLOCK)].get(),
+            None => panic!("the activations are not kept as int8"),
         }
     }
 
     /// The place of a float, ordered as blocks are.
     ///
     /// # Panics
-    /// If it is outside, or the precision another.
+    /// If it is outside, or they are not kept as f32.
     #[inline]
     pub(crate) fn float(&self, row: usize, column: usize) -> *mut f32 {
-        match &self.store {
-            Store::F32(floats) => floats[self.index(row, column, self.k)].get(),
-            Store::Int8(_) => panic!("activations of int8, not f32"),
+        match &self.f32 {
+            Some(floats) => floats[self.index(row, column, self.k)].get(),
+            None => panic!("the activations are not kept as f32"),
         }
     }
 
@@ -209,7 +216,7 @@ mod tests {
     fn all(x: &[f32; BLOCK]) -> QuantBlock {
         let blocks: Vec<QuantBlock> = Isa::available()
             .map(|isa| {
-                let mut rows = Activations::new(1, BLOCK, Precision::Int8);
+                let mut rows = Activations::new(1, BLOCK, [Precision::Int8]);
                 rows.write(isa, 0, 0, x);
                 // SAFETY: in bounds, and nothing writes.
                 unsafe { *rows.block(0, 0) }
@@ -280,7 +287,7 @@ mod tests {
 
     #[test]
     fn rows_and_blocks_have_their_own_places() {
-        let mut rows = Activations::new(19, 96, Precision::Int8);
+        let mut rows = Activations::new(19, 96, [Precision::Int8]);
         for row in 0..19 {
             for block in 0..3 {
                 let x = [(row * 3 + block + 1) as f32; BLOCK];
@@ -299,6 +306,6 @@ mod tests {
     #[test]
     #[should_panic]
     fn a_row_too_long_is_refused() {
-        Activations::new(1, 64, Precision::Int8).write(Isa::Scalar, 0, 32, &[0.0; 64]);
+        Activations::new(1, 64, [Precision::Int8]).write(Isa::Scalar, 0, 32, &[0.0; 64]);
     }
 }

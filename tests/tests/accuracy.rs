@@ -1,0 +1,30 @@
+//! The CPU backend against the oracle, on a text.
+
+use shoal_core::Role;
+use shoal_engine::candle::CandleWeights;
+use shoal_tests::accuracy::{Bounds, Comparison};
+use shoal_tests::backends::{candle, cpu, demo_gguf};
+use shoal_tests::model::data;
+use shoal_text::{EncodeOptions, Tokenizer, bundle_from_gguf};
+
+/// Tokens of the text that are compared, as one context.
+const TOKENS: usize = 2048;
+
+#[test]
+fn cpu_stays_near_float32() {
+    let gguf = demo_gguf();
+    let tokenizer = Tokenizer::new(&bundle_from_gguf(&gguf).unwrap()).unwrap();
+    let mut tokens = tokenizer
+        .encode(&data("perplexity.txt"), EncodeOptions::default())
+        .unwrap();
+    assert!(tokens.len() >= TOKENS, "{} tokens", tokens.len());
+    tokens.truncate(TOKENS);
+
+    let mut oracle = candle(&gguf, CandleWeights::F32);
+    let comparison = Comparison::run(&mut oracle, &mut cpu(&gguf), &tokens, Role::Prompt).unwrap();
+    comparison.assert_within(&Bounds {
+        mean_kl: 0.004,
+        top1: 0.96,
+        perplexity: 0.01,
+    });
+}
