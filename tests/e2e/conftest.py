@@ -42,7 +42,7 @@ class Cluster:
     def _read(self):
         for line in self.process.stdout:
             self.lines.append(line)
-            found = re.search(r"OpenAI API\s+(http://\S+)/v1", line)
+            found = re.search(r"OpenAI API\s+(https?://\S+)/v1", line)
             if found:
                 self.url = found.group(1)
                 self._ready.set()
