@@ -114,6 +114,7 @@ struct Shared {
 /// Commands that the thread has not seen yet, and what submissions are judged by.
 #[derive(Debug, Default)]
 struct Inbox {
+    #[expect(clippy::vec_box, reason = "sequences change lists by pointer")]
     submitted: Vec<Box<Sequence>>,
     cancelled: Vec<SequenceKey>,
     /// Every sequence whose end is not published, and whether it was cancelled. Bounds the

@@ -46,6 +46,7 @@ pub(crate) struct Scheduler {
     limits: Limits,
     kv: KvPages,
     /// By rank.
+    #[expect(clippy::vec_box, reason = "sequences change lists by pointer")]
     running: Vec<Box<Sequence>>,
     waiting: BTreeMap<Rank, Box<Sequence>>,
     /// Sum over the waiting.
