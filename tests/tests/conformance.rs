@@ -1,8 +1,10 @@
 //! Every weight type, family, rotation and mix of types, on small random models: the oracle
 //! against plain loops, and the backends against the oracle.
 
-use shoal_engine::backend::Backend;
+use shoal_core::Class;
+use shoal_engine::backend::{Backend, BackendError};
 use shoal_engine::candle::CandleWeights;
+use shoal_engine::cpu::{CpuBackend, CpuOptions};
 use shoal_engine::spec::ModelSpec;
 use shoal_gguf::testmodel::{Family, RopeScaling, TestModel};
 use shoal_gguf::{GgmlType, Gguf};
@@ -174,4 +176,69 @@ fn every_mix_of_types() {
             check(&model);
         }
     }
+}
+
+#[test]
+fn shapes_that_the_kernels_cannot_run_are_refused() {
+    let tiny = || TestModel::tiny(Family::Llama, GgmlType::F32);
+    let refusals = [
+        (
+            TestModel {
+                d_model: 80,
+                ..tiny()
+            },
+            "the model's width is 80, not a multiple of 32",
+        ),
+        (
+            TestModel {
+                heads: 3,
+                kv_heads: 1,
+                head_dim: 16,
+                ..tiny()
+            },
+            "the width of all heads is 48, not a multiple of 32",
+        ),
+        (
+            TestModel {
+                head_dim: 24,
+                ..tiny()
+            },
+            "the width of a head is 24, not a multiple of 16",
+        ),
+        (
+            TestModel {
+                d_ff: 100,
+                ..tiny()
+            },
+            "the feed-forward width is 100, not a multiple of 32",
+        ),
+        (
+            TestModel {
+                heads: 64,
+                kv_heads: 1,
+                head_dim: 16,
+                ..tiny()
+            },
+            "64 query heads share a key-value head, at most 32 can",
+        ),
+    ];
+    for (model, words) in refusals {
+        let error = load(&model).err().expect("a refusal");
+        assert_eq!(error.to_string(), words);
+        assert_eq!(error.class(), Class::Fatal);
+    }
+}
+
+fn load(model: &TestModel) -> Result<CpuBackend, BackendError> {
+    let file = model.build().expect("a good model").to_bytes();
+    let gguf = Gguf::parse(file).expect("a good file");
+    let spec = ModelSpec::from_gguf(&gguf).expect("the model is supported");
+    let options = CpuOptions {
+        isa: Isa::detect(),
+        threads: 1,
+        pages: 1,
+        max_rows: 1,
+        max_logit_rows: 1,
+    };
+    CpuBackend::load(&gguf, spec, options)
 }

@@ -5,6 +5,8 @@ mod keys;
 mod parse;
 mod rope;
 mod tensors;
+#[cfg(test)]
+mod tests;
 
 pub use error::SpecError;
 pub use rope::{Rope, RopeKind};

@@ -159,6 +159,49 @@ mod tests {
         (63, 3.102344401879e-07),
     ];
 
+    /// The ends of YaRN: pairs that turn often keep their frequency, those that never turn once
+    /// are interpolated; a factor of 1 changes nothing.
+    #[test]
+    fn yarn_keeps_the_fast_and_divides_the_slow() {
+        let yarn = |factor| Scaling::Yarn {
+            factor,
+            original_context: 4096.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+        };
+        let plain = config(64, 1e4, Scaling::Linear { factor: 1.0 }).resolve();
+        let stretched = config(64, 1e4, yarn(8.0)).resolve();
+        for (pair, (&trained, &got)) in plain.inv_freq.iter().zip(&stretched.inv_freq).enumerate() {
+            let turns = 4096.0 * trained / std::f32::consts::TAU;
+            match turns {
+                ..1.0 => assert_close(got * 8.0, f64::from(trained)),
+                48.0.. => assert_close(got, f64::from(trained)),
+                _ => assert!((trained / 8.0..=trained).contains(&got), "pair {pair}"),
+            }
+        }
+        assert_eq!(config(64, 1e4, yarn(1.0)).resolve(), plain);
+    }
+
+    /// Where every pair is slow or every pair fast, the ramp has no room.
+    #[test]
+    fn yarn_of_extreme_contexts() {
+        for (original_context, divided) in [(1.0, true), (1e30, false)] {
+            let scaling = Scaling::Yarn {
+                factor: 4.0,
+                original_context,
+                beta_fast: 32.0,
+                beta_slow: 1.0,
+            };
+            let rope = config(16, 1e4, scaling).resolve();
+            let plain = config(16, 1e4, Scaling::Linear { factor: 1.0 }).resolve();
+            for (pair, (&got, &trained)) in rope.inv_freq.iter().zip(&plain.inv_freq).enumerate() {
+                // The ramp begins with the first pair, which it leaves alone.
+                let divisor = if divided && pair > 0 { 4.0 } else { 1.0 };
+                assert_close(got * divisor, f64::from(trained));
+            }
+        }
+    }
+
     /// Llama 3.1 (factor 8, low 1, high 4, over 8,192): its converter writes what each
     /// frequency is divided by.
     #[test]
