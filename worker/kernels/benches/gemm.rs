@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 use limits::{best, read_limit, vnni_limit};
 use shoal_kernels::Isa;
 use shoal_kernels::arena::Arena;
-use shoal_kernels::gemm::{Matrix, Write, multiply};
+use shoal_kernels::gemm::{Linear, Placed, Write, multiply};
 use shoal_kernels::pack::{Block, BlockRows, Format, Layout, Packing, Source, pack};
 use shoal_kernels::pool::Pool;
 use shoal_kernels::quant::Activations;
+use shoal_kernels::team::Team;
 
 const LAYERS: usize = 30;
 /// How long to repeat the forward pass of a batch.
@@ -54,10 +55,11 @@ fn main() {
         .map(|(s, l)| s.4 * l.bytes())
         .sum();
     let mut arena = Arena::new(total).expect("there is memory for the weights");
-    let mut pool = Pool::new(2).expect("a thread can be started");
+    let isa = Isa::detect();
+    let mut team = Team::new(2, isa, 0, 0).expect("a thread can be started");
 
     let mut rest = arena.as_mut_slice();
-    let mut matrices = Vec::new();
+    let mut packings = Vec::new();
     for (&(_, _, _, format, copies), layout) in SHAPES.iter().zip(&layouts) {
         let noise = if format == Format::U4Min {
             &Noise(15)
@@ -66,7 +68,7 @@ fn main() {
         };
         for _ in 0..copies {
             let (out, tail) = rest.split_at_mut(layout.bytes());
-            matrices.push(Packing {
+            packings.push(Packing {
                 layout: *layout,
                 source: Source::Blocks(noise),
                 out,
@@ -74,9 +76,8 @@ fn main() {
             rest = tail;
         }
     }
-    let isa = Isa::detect();
     let seconds = best(3, || {
-        pack(&mut pool, isa, &mut matrices).expect("the scales are finite");
+        pack(&mut team, &mut packings).expect("the scales are finite");
     });
     println!(
         "packed {:.1} MB in {:.0} ms",
@@ -84,19 +85,21 @@ fn main() {
         seconds * 1e3
     );
 
-    let mut data = arena.as_slice();
+    let mut offset = 0;
     let mut matrices = Vec::new();
     for (shape, layout) in SHAPES.iter().zip(&layouts) {
         let copies = (0..shape.4).map(|_| {
-            let (bytes, tail) = data.split_at(layout.bytes());
-            data = tail;
-            Matrix::new(*layout, bytes)
+            let layout = *layout;
+            let placed = Placed { layout, offset };
+            offset += layout.bytes();
+            placed
         });
         matrices.push(copies.collect::<Vec<_>>());
     }
 
     for threads in [1, 2] {
         let mut pool = Pool::new(threads).expect("a thread can be started");
+        let mut team = Team::new(threads, isa, 0, 0).expect("a thread can be started");
         let read = read_limit(&mut pool, &arena.as_slice()[..total]);
         let vnni = vnni_limit(&mut pool).unwrap_or(f64::NAN);
         println!(
@@ -106,7 +109,7 @@ fn main() {
         );
         println!("shape     rows      us/call    GB/s     %    TOPS     %");
         for rows in [1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 512] {
-            let seconds = step(&mut pool, isa, &matrices, rows);
+            let seconds = step(&mut team, arena.as_slice(), isa, &matrices, rows);
             let mut all = [0.0; 3];
             for (i, (name, n, k, _, copies)) in SHAPES.iter().enumerate() {
                 let bytes = (copies * layouts[i].bytes()) as f64;
@@ -122,9 +125,10 @@ fn main() {
 
 /// The seconds of each shape in a forward pass: for every call the least of many passes.
 fn step(
-    pool: &mut Pool,
+    team: &mut Team,
+    data: &[u8],
     isa: Isa,
-    matrices: &[Vec<Matrix<'_>>],
+    matrices: &[Vec<Placed>],
     rows: usize,
 ) -> [f64; SHAPES.len()] {
     let mut acts: Vec<Activations> = Vec::new();
@@ -148,8 +152,8 @@ fn step(
                     continue;
                 };
                 let start = Instant::now();
-                let matrix = std::slice::from_ref(matrix);
-                multiply(pool, isa, matrix, &acts[shape], rows, &mut out, Write::Set);
+                let linear = Linear::new(data, std::slice::from_ref(matrix));
+                multiply(team, linear, &acts[shape], rows, &mut out, Write::Set);
                 let seconds = start.elapsed().as_secs_f64();
                 black_box(&out);
                 least[shape][layer] = least[shape][layer].min(seconds);

@@ -15,6 +15,7 @@ pub mod pack;
 pub mod pool;
 pub mod quant;
 pub mod rope;
+pub mod team;
 
 mod math;
 mod simd;

@@ -246,6 +246,12 @@ impl<T> Scatter<T> {
         }
     }
 
+    /// The place of an element, or the end.
+    pub(crate) fn at(&self, index: usize) -> *mut T {
+        assert!(index <= self.len);
+        self.start.wrapping_add(index)
+    }
+
     /// The elements from `start` on.
     ///
     /// # Safety

@@ -4,17 +4,16 @@
 mod weights;
 
 use sha2::{Digest, Sha256};
-use shoal_core::PAGE_TOKENS;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
 use shoal_kernels::attention::MAX_QUERIES;
-use shoal_kernels::elementwise::{norm_quantize, quantize, silu_quantize};
-use shoal_kernels::gemm::Write;
-use shoal_kernels::kv::{HEAD_MULTIPLE, Heads, KvPool, Run};
+use shoal_kernels::elementwise::norm_quantize;
+use shoal_kernels::gemm::{Write, gated, multiply};
+use shoal_kernels::kv::{HEAD_MULTIPLE, Heads, KvPool, Plan, Run};
 use shoal_kernels::norm::rms_norm_in_place;
-use shoal_kernels::pool::Pool;
 use shoal_kernels::quant::{Activations, BLOCK};
 use shoal_kernels::rope::{fill_table, rotate_halves, rotate_interleaved};
+use shoal_kernels::team::Team;
 
 use crate::backend::{Backend, BackendError, Batch, NumericsId};
 use crate::digest::weights_digest;
@@ -44,18 +43,17 @@ pub struct CpuBackend {
     spec: ModelSpec,
     options: CpuOptions,
     numerics_id: NumericsId,
-    pool: Pool,
+    team: Team,
     weights: Weights,
     kv: KvPool,
+    plan: Plan,
     scratch: Scratch,
 }
 
 /// The rows of a step between the phases.
 struct Scratch {
     residual: Vec<f32>,
-    qkv: Vec<f32>,
-    attention: Vec<f32>,
-    gate_up: Vec<f32>,
+    queries: Vec<f32>,
     rope: Vec<f32>,
     attn_in: Activations,
     attn_out: Activations,
@@ -80,8 +78,9 @@ impl CpuBackend {
         let heads = heads(&spec);
         let q_width = heads.q * heads.dim;
         let device = |error: std::io::Error| BackendError::Device(Box::new(error));
-        let mut pool = Pool::new(options.threads).map_err(device)?;
-        let weights = Weights::load(gguf, &spec, (&mut pool, options.isa))?;
+        let mut team =
+            Team::new(options.threads, options.isa, spec.d_model, heads.dim).map_err(device)?;
+        let weights = Weights::load(gguf, &spec, &mut team)?;
         let kv = KvPool::new(heads, spec.n_layer, options.pages as usize).map_err(device)?;
         let mut sha = Sha256::new();
         sha.update(weights_digest(gguf, &spec));
@@ -90,9 +89,7 @@ impl CpuBackend {
         let rows = options.max_rows;
         let scratch = Scratch {
             residual: vec![0.0; rows * spec.d_model],
-            qkv: vec![0.0; rows * heads.qkv()],
-            attention: vec![0.0; rows * q_width],
-            gate_up: vec![0.0; rows * 2 * spec.d_ff],
+            queries: vec![0.0; rows * q_width],
             rope: vec![0.0; rows * 2 * spec.rope.inv_freq.len()],
             attn_in: inputs(rows, spec.d_model, weights.each(|layer| &layer.qkv)),
             attn_out: inputs(rows, q_width, weights.each(|layer| &layer.attn_output)),
@@ -104,7 +101,8 @@ impl CpuBackend {
             numerics_id: NumericsId(sha.finalize().into()),
             spec,
             options,
-            pool,
+            plan: Plan::new(heads, team.threads(), rows),
+            team,
             weights,
             kv,
             scratch,
@@ -186,24 +184,16 @@ impl Backend for CpuBackend {
         if rows > max {
             return Err(BackendError::BatchTooLarge { rows, max });
         }
-        let runs: Vec<Run<'_>> = batch
-            .segments
-            .iter()
-            .map(|segment| Run {
-                row: segment.rows.start as usize,
-                rows: segment.rows.len(),
-                position: batch.positions[segment.rows.start as usize] as usize,
-                pages: &batch.page_table[segment.pages.start as usize..segment.pages.end as usize],
-            })
-            .collect();
-        debug_assert!(
-            runs.iter()
-                .all(|run| (run.position + run.rows).div_ceil(PAGE_TOKENS) <= run.pages.len())
-        );
+        self.plan.set(batch.segments.iter().map(|segment| Run {
+            row: segment.rows.start as usize,
+            rows: segment.rows.len(),
+            position: batch.positions[segment.rows.start as usize] as usize,
+            pages: &batch.page_table[segment.pages.start as usize..segment.pages.end as usize],
+        }));
         self.embed(batch);
         for layer in 0..self.spec.n_layer {
-            self.attention(layer, &runs, rows);
-            self.feed_forward(layer, rows);
+            self.attention(layer);
+            self.feed_forward(layer);
         }
         self.head(batch, logits);
         Ok(())
@@ -226,34 +216,31 @@ impl CpuBackend {
         }
     }
 
-    fn attention(&mut self, index: usize, runs: &[Run<'_>], rows: usize) {
-        let (spec, isa, pool) = (&self.spec, self.options.isa, &mut self.pool);
-        let layer = &self.weights.layers[index];
+    fn attention(&mut self, index: usize) {
+        let (spec, isa, team) = (&self.spec, self.options.isa, &mut self.team);
+        let (layer, rows) = (&self.weights.layers[index], self.plan.rows());
         let s = &mut self.scratch;
         let x = &mut s.residual[..rows * spec.d_model];
         norm_quantize(
-            pool,
-            isa,
+            team,
             x,
             None,
             &layer.attn_norm,
             spec.rms_eps,
             &mut s.attn_in,
         );
-        self.weights.apply(
-            &layer.qkv,
-            (pool, isa),
-            &s.attn_in,
-            rows,
-            &mut s.qkv,
-            Write::Set,
-        );
 
         let heads = heads(spec);
         let scale = 1.0 / (heads.dim as f32).sqrt();
         let (tables, table_width) = (&s.rope, 2 * spec.rope.inv_freq.len());
-        self.kv
-            .append(pool, index, runs, &mut s.qkv, &|row, head, values| {
+        let inputs = (self.weights.linear(&layer.qkv), &s.attn_in);
+        self.kv.project(
+            team,
+            index,
+            &self.plan,
+            inputs,
+            &mut s.queries,
+            &|row, head, values| {
                 if spec.qkv_bias {
                     let bias = &layer.qkv_bias[head * heads.dim..][..heads.dim];
                     values.iter_mut().zip(bias).for_each(|(v, b)| *v += b);
@@ -277,73 +264,38 @@ impl CpuBackend {
                 if head < heads.q {
                     values.iter_mut().for_each(|v| *v *= scale);
                 }
-            });
-        let out = &mut s.attention[..rows * heads.q * heads.dim];
-        self.kv.attend(pool, isa, index, runs, &s.qkv, out);
-        quantize(pool, isa, out, &mut s.attn_out);
-        self.weights.apply(
-            &layer.attn_output,
-            (pool, isa),
-            &s.attn_out,
-            rows,
-            x,
-            Write::Add,
+            },
         );
+        self.kv
+            .attend(team, index, &mut self.plan, &s.queries, &mut s.attn_out);
+        let output = self.weights.linear(&layer.attn_output);
+        multiply(team, output, &s.attn_out, rows, x, Write::Add);
     }
 
-    fn feed_forward(&mut self, index: usize, rows: usize) {
-        let (spec, isa, pool) = (&self.spec, self.options.isa, &mut self.pool);
-        let layer = &self.weights.layers[index];
+    fn feed_forward(&mut self, index: usize) {
+        let (spec, team) = (&self.spec, &mut self.team);
+        let (layer, rows) = (&self.weights.layers[index], self.plan.rows());
         let s = &mut self.scratch;
         let x = &mut s.residual[..rows * spec.d_model];
-        norm_quantize(
-            pool,
-            isa,
-            x,
-            None,
-            &layer.ffn_norm,
-            spec.rms_eps,
-            &mut s.ffn_in,
-        );
-        self.weights.apply(
-            &layer.gate_up,
-            (pool, isa),
-            &s.ffn_in,
-            rows,
-            &mut s.gate_up,
-            Write::Set,
-        );
-        silu_quantize(
-            pool,
-            isa,
-            &s.gate_up[..rows * 2 * spec.d_ff],
-            &mut s.ffn_out,
-        );
-        self.weights
-            .apply(&layer.down, (pool, isa), &s.ffn_out, rows, x, Write::Add);
+        norm_quantize(team, x, None, &layer.ffn_norm, spec.rms_eps, &mut s.ffn_in);
+        let gate_up = self.weights.linear(&layer.gate_up);
+        gated(team, gate_up, &s.ffn_in, rows, &mut s.ffn_out);
+        let down = self.weights.linear(&layer.down);
+        multiply(team, down, &s.ffn_out, rows, x, Write::Add);
     }
 
     fn head(&mut self, batch: &Batch<'_>, logits: &mut [f32]) {
-        let (isa, pool) = (self.options.isa, &mut self.pool);
-        let s = &mut self.scratch;
-        let (weight, eps) = (&self.weights.output_norm, self.spec.rms_eps);
-        let picked = batch.logit_rows;
+        let (spec, team, s) = (&self.spec, &mut self.team, &mut self.scratch);
+        let (weight, picked) = (&self.weights.output_norm, batch.logit_rows);
         norm_quantize(
-            pool,
-            isa,
+            team,
             &s.residual,
             Some(picked),
             weight,
-            eps,
+            spec.rms_eps,
             &mut s.head,
         );
-        self.weights.apply(
-            &self.weights.head,
-            (pool, isa),
-            &s.head,
-            picked.len(),
-            logits,
-            Write::Set,
-        );
+        let head = self.weights.linear(&self.weights.head);
+        multiply(team, head, &s.head, picked.len(), logits, Write::Set);
     }
 }

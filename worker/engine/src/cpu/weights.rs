@@ -1,29 +1,22 @@
 //! The weights of a model, packed once in the order of execution into one arena.
 
 use shoal_gguf::{GgmlType, Gguf, TensorView, codec};
-use shoal_kernels::Isa;
 use shoal_kernels::arena::Arena;
-use shoal_kernels::gemm::{Matrix, Write, multiply};
+use shoal_kernels::gemm::{self, Placed};
 use shoal_kernels::pack::{
     Block, BlockRows, FloatRows, Format, Layout, Packing, Source, TILE, pack,
 };
-use shoal_kernels::pool::Pool;
-use shoal_kernels::quant::{Activations, Precision};
+use shoal_kernels::quant::Precision;
+use shoal_kernels::team::Team;
 
 use crate::backend::BackendError;
 use crate::spec::ModelSpec;
 use crate::weights::{LayerWeight, Weight};
 
-/// A linear map: matrices side by side, one for each run of rows with one format.
+/// A linear map: a matrix for each run of rows with one format.
 #[derive(Default)]
 pub(super) struct Linear {
     parts: Vec<Placed>,
-    width: usize,
-}
-
-struct Placed {
-    layout: Layout,
-    offset: usize,
 }
 
 impl Linear {
@@ -178,14 +171,13 @@ impl<'a> Packer<'a> {
             layout,
             offset: self.bytes,
         });
-        linear.width += n;
         self.sources.push((layout, self.bytes, stack));
         self.bytes += layout.bytes().next_multiple_of(64);
         Ok(())
     }
 
     /// Packs what was placed, in that order, into `arena`.
-    fn pack(&self, pool: &mut Pool, isa: Isa, arena: &mut [u8]) -> Result<(), BackendError> {
+    fn pack(&self, team: &mut Team, arena: &mut [u8]) -> Result<(), BackendError> {
         let (mut rest, mut start) = (arena, 0);
         let mut matrices = Vec::with_capacity(self.sources.len());
         for (layout, offset, stack) in &self.sources {
@@ -198,7 +190,7 @@ impl<'a> Packer<'a> {
             });
             (rest, start) = (tail, offset + layout.bytes());
         }
-        pack(pool, isa, &mut matrices).map_err(|error| self.sources[error.matrix].2.error(error))
+        pack(team, &mut matrices).map_err(|error| self.sources[error.matrix].2.error(error))
     }
 
     fn vector(&self, weight: Weight) -> Result<Vec<f32>, BackendError> {
@@ -237,7 +229,7 @@ impl Weights {
     pub(super) fn load(
         gguf: &Gguf,
         spec: &ModelSpec,
-        (pool, isa): (&mut Pool, Isa),
+        team: &mut Team,
     ) -> Result<Self, BackendError> {
         let mut packer = Packer {
             gguf,
@@ -259,7 +251,7 @@ impl Weights {
         }])?;
         let mut arena =
             Arena::new(packer.bytes).map_err(|error| BackendError::Device(Box::new(error)))?;
-        packer.pack(pool, isa, arena.as_mut_slice())?;
+        packer.pack(team, arena.as_mut_slice())?;
         Ok(Self {
             arena,
             layers,
@@ -269,24 +261,9 @@ impl Weights {
         })
     }
 
-    /// `out[row * width..]` takes `linear` of row `row` of `acts`.
-    pub(super) fn apply(
-        &self,
-        linear: &Linear,
-        (pool, isa): (&mut Pool, Isa),
-        acts: &Activations,
-        rows: usize,
-        out: &mut [f32],
-        write: Write,
-    ) {
-        let data =
-            |part: &Placed| &self.arena.as_slice()[part.offset..part.offset + part.layout.bytes()];
-        let matrices: Vec<Matrix<'_>> = linear
-            .parts
-            .iter()
-            .map(|part| Matrix::new(part.layout, data(part)))
-            .collect();
-        multiply(pool, isa, &matrices, acts, rows, out, write);
+    /// A map at its place.
+    pub(super) fn linear<'a>(&'a self, linear: &'a Linear) -> gemm::Linear<'a> {
+        gemm::Linear::new(self.arena.as_slice(), &linear.parts)
     }
 
     /// One linear map of every layer.

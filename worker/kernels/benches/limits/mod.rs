@@ -7,7 +7,7 @@ use shoal_kernels::Isa;
 use shoal_kernels::pool::Pool;
 
 /// Windows of which the best counts.
-const WINDOWS: usize = 50;
+const WINDOWS: usize = 500;
 
 /// The least seconds that `run` takes.
 pub(crate) fn best(windows: usize, mut run: impl FnMut()) -> f64 {

@@ -8,6 +8,7 @@
 //! so a row has the same bits for every instruction set, batch and split.
 
 mod dot;
+mod gated;
 mod kernel;
 #[cfg(test)]
 mod tests;
@@ -16,23 +17,36 @@ mod x86;
 
 use std::ops::Range;
 
+pub use gated::gated;
+
 use crate::Isa;
 use crate::pack::{Format, Layout, STRIP};
-use crate::pool::{Pool, Scatter};
+use crate::pool::Scatter;
 use crate::quant::Activations;
 use crate::simd::dispatch;
+use crate::team::Team;
 
 /// Rows of activations that stay in the second-level cache while the strips pass.
-const ROW_BLOCK: usize = 128;
+pub(crate) const ROW_BLOCK: usize = 128;
 
 /// Bytes of weights in a task: a microsecond or so of reading.
 const TASK_BYTES: usize = 32 * 1024;
 
-/// A packed matrix.
+/// Where a packed matrix lies.
 #[derive(Clone, Copy, Debug)]
-pub struct Matrix<'a> {
-    layout: Layout,
+pub struct Placed {
+    /// Its shape and format.
+    pub layout: Layout,
+    /// Its first byte.
+    pub offset: usize,
+}
+
+/// Packed matrices stacked by rows: queries, keys and values, or gates and ups, are one map,
+/// whatever the format of each.
+#[derive(Clone, Copy, Debug)]
+pub struct Linear<'a> {
     data: &'a [u8],
+    parts: &'a [Placed],
 }
 
 /// What becomes of the output.
@@ -44,98 +58,141 @@ pub enum Write {
     Add,
 }
 
-impl<'a> Matrix<'a> {
-    /// `data` as [`Layout::pack`] filled it.
+impl<'a> Linear<'a> {
+    /// The matrices at their places in `data`, as [`pack`](crate::pack::pack) filled them.
     ///
     /// # Panics
-    /// When `data` is not of the layout's size.
-    pub fn new(layout: Layout, data: &'a [u8]) -> Self {
-        assert_eq!(data.len(), layout.bytes());
-        Self { layout, data }
+    /// When one is outside of `data`, or they differ in columns.
+    pub fn new(data: &'a [u8], parts: &'a [Placed]) -> Self {
+        for Placed { layout, offset } in parts {
+            assert!(*offset <= data.len() && layout.bytes() <= data.len() - offset);
+            assert_eq!(layout.k(), parts[0].layout.k());
+        }
+        Self { data, parts }
     }
 
-    /// Its shape and format.
-    pub fn layout(&self) -> &Layout {
-        &self.layout
+    /// Outputs.
+    pub fn n(&self) -> usize {
+        self.parts.iter().map(|part| part.layout.n()).sum()
     }
 
-    /// Strips in a task.
-    fn chunk(&self, threads: usize) -> usize {
-        let fair = self.layout.strips().div_ceil(4 * threads);
-        (TASK_BYTES / self.layout.strip_bytes()).clamp(1, fair)
+    /// Whether `acts` are its inputs, for so many rows.
+    pub(crate) fn takes(&self, acts: &Activations, rows: usize) -> bool {
+        rows <= acts.rows()
+            && self.parts.iter().all(|Placed { layout, .. }| {
+                layout.k() == acts.k() && acts.holds(layout.format().precision())
+            })
+    }
+
+    /// Writes the outputs `columns`, which begin and end with strips or matrices, for `rows`.
+    ///
+    /// # Safety
+    /// The machine has `isa`, the map [takes](Self::takes) the inputs, nobody writes them, and
+    /// `out` has room for the outputs, which no other thread touches.
+    pub(crate) unsafe fn columns(
+        &self,
+        isa: Isa,
+        columns: Range<usize>,
+        acts: &Activations,
+        rows: Range<usize>,
+        out: Outputs,
+    ) {
+        let mut first = 0;
+        for Placed { layout, offset } in self.parts {
+            let end = first + layout.n();
+            let (from, to) = (columns.start.max(first), columns.end.min(end));
+            if from < to {
+                let strips = (from - first) / STRIP..(to - first).div_ceil(STRIP);
+                debug_assert!((from - first).is_multiple_of(STRIP));
+                debug_assert!(to == end || (to - first).is_multiple_of(STRIP));
+                let task = Task {
+                    layout,
+                    data: &self.data[*offset..offset + layout.bytes()],
+                    strips,
+                    acts,
+                    rows: rows.clone(),
+                    out: Outputs {
+                        start: out.start.wrapping_add(from - columns.start),
+                        ..out
+                    },
+                };
+                // SAFETY: the contract of this function.
+                unsafe { task.run(isa) };
+            }
+            first = end;
+        }
     }
 }
 
-/// The first `rows` rows of `acts` times matrices whose outputs lie side by side: with `n`
-/// their rows in all, output j of row i is `out[i * n + j]`. Queries, keys and values, or gates
-/// and ups, are one product, whatever the format of each.
+/// Where outputs go: column j of row i to `start + i * stride + j`.
+#[derive(Clone, Copy)]
+pub(crate) struct Outputs {
+    pub(crate) start: *mut f32,
+    pub(crate) stride: usize,
+    pub(crate) write: Write,
+}
+
+/// The first `rows` rows of `acts` times a map of n outputs: output j of row i is
+/// `out[i * n + j]`.
 ///
 /// # Panics
-/// When the shapes or the precision do not fit, or the machine lacks `isa`.
+/// When the shapes or the precision do not fit.
 pub fn multiply(
-    pool: &mut Pool,
-    isa: Isa,
-    matrices: &[Matrix<'_>],
+    team: &mut Team,
+    linear: Linear<'_>,
     acts: &Activations,
     rows: usize,
     out: &mut [f32],
     write: Write,
 ) {
-    let isa = isa.checked();
-    let width = matrices.iter().map(|m| m.layout.n()).sum();
-    assert!(rows <= acts.rows() && out.len() >= rows * width);
-    for matrix in matrices {
-        assert_eq!(matrix.layout.k(), acts.k());
-        assert!(acts.holds(matrix.layout.format().precision()));
-    }
-    let threads = pool.threads();
-    let chunks = |m: &Matrix<'_>| m.layout.strips().div_ceil(m.chunk(threads));
-    let per_block: usize = matrices.iter().map(chunks).sum();
+    let (width, isa, threads) = (linear.n(), team.isa, team.threads());
+    assert!(linear.takes(acts, rows) && out.len() >= rows * width);
+    let chunk = |layout: &Layout| {
+        let fair = layout.strips().div_ceil(4 * threads);
+        (TASK_BYTES / layout.strip_bytes()).clamp(1, fair)
+    };
+    let chunks = |part: &Placed| part.layout.strips().div_ceil(chunk(&part.layout));
+    let per_block: usize = linear.parts.iter().map(chunks).sum();
     let out = Scatter::new(out);
-    pool.phase(per_block * rows.div_ceil(ROW_BLOCK), |item| {
-        let (block, mut item) = (item / per_block, item % per_block);
-        let mut column = 0;
-        for matrix in matrices {
-            if item < chunks(matrix) {
-                let chunk = matrix.chunk(threads);
-                let strips = item * chunk..matrix.layout.strips().min((item + 1) * chunk);
-                let task = Task {
-                    matrix,
-                    strips,
-                    acts,
-                    rows: block * ROW_BLOCK..rows.min((block + 1) * ROW_BLOCK),
-                    out: &out,
-                    width,
-                    column,
-                    write,
-                };
-                // SAFETY: tasks have disjoint outputs, the shapes fit, and the isa is there.
-                unsafe { task.run(isa) };
-                return;
+    team.pool
+        .phase(per_block * rows.div_ceil(ROW_BLOCK), |item| {
+            let (block, mut item) = (item / per_block, item % per_block);
+            let rows = block * ROW_BLOCK..rows.min((block + 1) * ROW_BLOCK);
+            let mut first = 0;
+            for part in linear.parts {
+                let n = part.layout.n();
+                if item < chunks(part) {
+                    let chunk = chunk(&part.layout) * STRIP;
+                    let columns = first + item * chunk..first + n.min((item + 1) * chunk);
+                    let out = Outputs {
+                        start: out.at(rows.start * width + columns.start),
+                        stride: width,
+                        write,
+                    };
+                    // SAFETY: items have disjoint outputs inside `out`, and the shapes fit.
+                    unsafe { linear.columns(isa, columns, acts, rows, out) };
+                    return;
+                }
+                item -= chunks(part);
+                first += n;
             }
-            item -= chunks(matrix);
-            column += matrix.layout.n();
-        }
-    });
+        });
 }
 
 /// Some strips of a matrix for some rows.
 struct Task<'a> {
-    matrix: &'a Matrix<'a>,
+    layout: &'a Layout,
+    data: &'a [u8],
     strips: Range<usize>,
     acts: &'a Activations,
     rows: Range<usize>,
-    out: &'a Scatter<f32>,
-    /// Outputs of a row.
-    width: usize,
-    /// The matrix's first output in a row.
-    column: usize,
-    write: Write,
+    /// Of the first strip and the first row.
+    out: Outputs,
 }
 
 impl Task<'_> {
     /// # Safety
-    /// The machine has `isa`, the shapes fit, and no other thread touches the task's outputs.
+    /// As [`Linear::columns`].
     unsafe fn run(&self, isa: Isa) {
         use kernel::{floats, quants};
         let task = self;
@@ -152,28 +209,32 @@ impl Task<'_> {
     }
 
     fn format(&self) -> Format {
-        self.matrix.layout.format()
+        self.layout.format()
     }
 
     /// The tiles of a strip.
     #[inline(always)]
     fn strip(&self, strip: usize) -> &[u8] {
-        let bytes = self.matrix.layout.strip_bytes();
-        &self.matrix.data[strip * bytes..][..bytes]
+        let bytes = self.layout.strip_bytes();
+        &self.data[strip * bytes..][..bytes]
     }
 
     /// Writes the outputs of a strip for a row.
     ///
     /// # Safety
-    /// No other thread touches them at the same time.
+    /// As [`Linear::columns`].
     #[inline(always)]
     unsafe fn put(&self, row: usize, strip: usize, sums: &[f32; STRIP]) {
-        let first = strip * STRIP;
-        let count = STRIP.min(self.matrix.layout.n() - first);
-        let at = row * self.width + self.column + first;
-        // SAFETY: the caller excludes other threads; the bounds are asserted there.
-        let out = unsafe { self.out.part(at, count) };
-        match (self.write, out.first_chunk_mut::<STRIP>()) {
+        let count = STRIP.min(self.layout.n() - strip * STRIP);
+        let Outputs {
+            start,
+            stride,
+            write,
+        } = self.out;
+        let at = (row - self.rows.start) * stride + (strip - self.strips.start) * STRIP;
+        // SAFETY: the caller excludes other threads and vouches for the room.
+        let out = unsafe { std::slice::from_raw_parts_mut(start.add(at), count) };
+        match (write, out.first_chunk_mut::<STRIP>()) {
             (Write::Set, Some(out)) => *out = *sums,
             (Write::Set, None) => out.copy_from_slice(&sums[..count]),
             (Write::Add, _) => out.iter_mut().zip(sums).for_each(|(o, s)| *o += s),

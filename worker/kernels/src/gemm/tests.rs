@@ -46,9 +46,12 @@ impl FloatRows for Floats<'_> {
     }
 }
 
+fn team(threads: usize) -> Team {
+    Team::new(threads, Isa::detect(), 0, 0).unwrap()
+}
+
 /// Packs a matrix on every instruction set: the same bytes.
 fn packed(layout: Layout, source: Source<'_>, threads: usize) -> Result<Vec<u8>, NotFinite> {
-    let mut pool = Pool::new(threads).unwrap();
     let mut all = isas().into_iter().map(|isa| {
         let mut out = vec![0xaa; layout.bytes()];
         let packing = Packing {
@@ -56,7 +59,8 @@ fn packed(layout: Layout, source: Source<'_>, threads: usize) -> Result<Vec<u8>,
             source,
             out: &mut out,
         };
-        pack(&mut pool, isa, &mut [packing]).map(|()| out)
+        let mut team = Team::new(threads, isa, 0, 0).unwrap();
+        pack(&mut team, &mut [packing]).map(|()| out)
     });
     let first = all.next().unwrap();
     assert!(all.all(|other| other == first), "instruction sets differ");
@@ -140,7 +144,7 @@ impl Packed {
     }
 
     fn matrix(&self) -> Matrix<'_> {
-        Matrix::new(self.layout, &self.bytes)
+        (self.layout, &self.bytes)
     }
 
     fn weights(&self) -> Vec<f32> {
@@ -154,8 +158,8 @@ impl Packed {
 
 /// `x` as the matrices take it.
 fn activations(isa: Isa, x: &[f32], matrices: &[Matrix<'_>]) -> Activations {
-    let k = matrices[0].layout.k();
-    let precisions = matrices.iter().map(|m| m.layout.format().precision());
+    let k = matrices[0].0.k();
+    let precisions = matrices.iter().map(|m| m.0.format().precision());
     let mut acts = Activations::new(x.len() / k, k, precisions);
     for (row, x) in x.chunks_exact(k).enumerate() {
         acts.write(isa, row, 0, x);
@@ -163,15 +167,31 @@ fn activations(isa: Isa, x: &[f32], matrices: &[Matrix<'_>]) -> Activations {
     acts
 }
 
+type Matrix<'a> = (Layout, &'a [u8]);
+
+/// Matrices in one piece of memory.
+fn stacked(matrices: &[Matrix<'_>]) -> (Vec<u8>, Vec<Placed>) {
+    let mut data = Vec::new();
+    let mut parts = Vec::new();
+    for &(layout, bytes) in matrices {
+        data.resize(data.len() + 64, 0xaa);
+        let offset = data.len();
+        parts.push(Placed { layout, offset });
+        data.extend_from_slice(bytes);
+    }
+    (data, parts)
+}
+
 /// The product for every instruction set: one result, bit for bit.
 fn product(matrices: &[Matrix<'_>], x: &[f32], threads: usize) -> Vec<f32> {
-    let n: usize = matrices.iter().map(|m| m.layout.n()).sum();
-    let mut pool = Pool::new(threads).unwrap();
-    let rows = x.len() / matrices[0].layout.k();
+    let (data, parts) = stacked(matrices);
+    let linear = Linear::new(&data, &parts);
+    let rows = x.len() / matrices[0].0.k();
     let mut products = isas().into_iter().map(|isa| {
+        let mut team = Team::new(threads, isa, 0, 0).unwrap();
         let acts = activations(isa, x, matrices);
-        let mut out = vec![f32::NAN; rows * n];
-        multiply(&mut pool, isa, matrices, &acts, rows, &mut out, Write::Set);
+        let mut out = vec![f32::NAN; rows * linear.n()];
+        multiply(&mut team, linear, &acts, rows, &mut out, Write::Set);
         out
     });
     let first = products.next().unwrap();
@@ -298,20 +318,62 @@ fn adding_adds_the_product_last() {
     let (x, residual) = (random(9 * k, 2), random(9 * 21, 3));
     let set = product(&[packed.matrix()], &x, 1);
     let sum: Vec<f32> = residual.iter().zip(&set).map(|(r, s)| r + s).collect();
-    let mut pool = Pool::new(2).unwrap();
+    let (data, parts) = stacked(&[packed.matrix()]);
+    let linear = Linear::new(&data, &parts);
     for isa in isas() {
+        let mut team = Team::new(2, isa, 0, 0).unwrap();
         let acts = activations(isa, &x, &[packed.matrix()]);
         let mut out = residual.clone();
-        multiply(
-            &mut pool,
-            isa,
-            &[packed.matrix()],
-            &acts,
-            9,
-            &mut out,
-            Write::Add,
-        );
+        multiply(&mut team, linear, &acts, 9, &mut out, Write::Add);
         assert_eq!(bits(&out), bits(&sum));
+    }
+}
+
+/// The gated projection is the product, then `silu(gate) * up`, then the activations of it.
+#[test]
+fn gates_are_fused_without_a_change() {
+    let (k, width, rows) = (64, 96, ROW_BLOCK + 9);
+    let x = random(rows * k, 4);
+    for format in [Format::U4Min, Format::F16] {
+        let packed = |seed| match format.precision() {
+            Precision::Int8 => {
+                Packed::quants(format, &Quants::random(format, width, k, seed, 0.1), 1)
+            }
+            Precision::F32 => Packed::floats(format, &random(width * k, seed), k),
+        };
+        let (gates, ups) = (packed(1), packed(2));
+        let matrices = [gates.matrix(), ups.matrix()];
+        let separate = product(&matrices, &x, 2);
+        let (data, parts) = stacked(&matrices);
+        for isa in isas() {
+            for threads in [1, 2, 3] {
+                let mut team = Team::new(threads, isa, 0, 0).unwrap();
+                let acts = activations(isa, &x, &matrices);
+                let mut out = Activations::new(rows, width, [format.precision()]);
+                gated(&mut team, Linear::new(&data, &parts), &acts, rows, &mut out);
+                for (row, both) in separate.chunks_exact(2 * width).enumerate() {
+                    for i in 0..width {
+                        let (gate, up) = (f64::from(both[i]), f64::from(both[width + i]));
+                        let exact = gate / (1.0 + (-gate).exp()) * up;
+                        // SAFETY: in bounds, and nothing writes.
+                        let (value, step) = unsafe {
+                            match format.precision() {
+                                Precision::F32 => (*out.float(row, i), 0.0),
+                                Precision::Int8 => {
+                                    let block = &*out.block(row, i / TILE);
+                                    (block.scale * f32::from(block.values[i % TILE]), block.scale)
+                                }
+                            }
+                        };
+                        let bound = 0.501 * f64::from(step) + 1e-5 * exact.abs() + 1e-9;
+                        assert!(
+                            (f64::from(value) - exact).abs() <= bound,
+                            "{isa:?} {row} {i}"
+                        );
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -418,7 +480,7 @@ fn what_cannot_be_packed_is_an_error() {
                 out,
             })
             .collect();
-        let error = pack(&mut Pool::new(2).unwrap(), Isa::detect(), &mut matrices);
+        let error = pack(&mut team(2), &mut matrices);
         let (matrix, row) = (1, 21);
         assert_eq!(
             error,
@@ -472,7 +534,7 @@ fn matrices_packed_together_are_those_packed_alone() {
             out,
         })
         .collect();
-    pack(&mut Pool::new(3).unwrap(), Isa::detect(), &mut matrices).unwrap();
+    pack(&mut team(3), &mut matrices).unwrap();
     for (out, (layout, source)) in outs.into_iter().zip(all) {
         assert!(out == packed(layout, source, 1).unwrap());
     }

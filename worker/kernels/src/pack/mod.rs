@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub use format::Format;
 use strip::StripRows;
 
-use crate::Isa;
-use crate::pool::{Pool, Scatter};
+use crate::pool::Scatter;
+use crate::team::Team;
 
 /// Output rows in a strip.
 pub const STRIP: usize = 16;
@@ -180,15 +180,16 @@ impl Layout {
     }
 }
 
-/// Packs matrices, all their strips shared among the threads of `pool`.
+/// Packs matrices, all their strips shared among the threads of `team`.
 ///
 /// # Errors
 /// When a format can't hold a weight, or f16 a scale or a minimum.
 ///
 /// # Panics
-/// When a size or a source does not fit its layout, or the machine lacks `isa`.
-pub fn pack(pool: &mut Pool, isa: Isa, matrices: &mut [Packing<'_>]) -> Result<(), NotFinite> {
-    let isa = isa.checked();
+/// When a size or a source does not fit its layout.
+pub fn pack(team: &mut Team, matrices: &mut [Packing<'_>]) -> Result<(), NotFinite> {
+    let Team { pool, isa, .. } = team;
+    let isa = *isa;
     let mut ends = Vec::new();
     let mut strips = 0;
     let mut outs = Vec::new();

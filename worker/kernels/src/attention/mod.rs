@@ -1,0 +1,211 @@
+//! Attention over paged keys and values.
+//!
+//! A page holds [`PAGE`] tokens of one key–value head as bf16, in the order that attention
+//! reads it: keys as `[half of 16 tokens][pair of dims][token][2]`, so that lanes are tokens,
+//! values as `[pair of tokens][dim][2]`, so that lanes are dimensions. Nothing is re-packed
+//! after the append.
+//!
+//! A query attends span by span, [`SPAN`] tokens each: scores, their maximum, weights, the
+//! weighted sum of the values; spans are merged in ascending order by log-sum-exp (Rabe and
+//! Staats 2021). Every sum runs in one fixed order that depends on the query's own length
+//! only, so batching, chunking and page placement change no bit.
+
+mod kernel;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+use kernel::{merged, some, whole};
+
+use crate::Isa;
+use crate::simd::{LANES, dispatch};
+
+/// Tokens in a page.
+pub const PAGE: usize = 32;
+/// Tokens whose scores share one maximum.
+pub(crate) const SPAN: usize = 2 * PAGE;
+/// Most queries of one call, and of one key–value head.
+pub const MAX_QUERIES: usize = 32;
+
+/// u32 words of one page of one head: keys, then values.
+pub(crate) const fn page_words(head_dim: usize) -> usize {
+    PAGE * head_dim
+}
+
+/// bf16 by round-to-nearest-even; NaN stays NaN.
+#[inline]
+fn bf16(x: f32) -> u32 {
+    u32::from(half::bf16::from_f32(x).to_bits())
+}
+
+/// Stores the key of one token at `offset` of the keys of a page.
+///
+/// # Panics
+/// When the slices are not of the page's shape.
+pub(crate) fn append_key(keys: &mut [u32], offset: usize, key: &[f32]) {
+    let hd = key.len();
+    assert!(keys.len() == page_words(hd) / 2 && offset < PAGE);
+    let start = offset / LANES * (hd / 2 * LANES) + offset % LANES;
+    for (i, pair) in key.chunks_exact(2).enumerate() {
+        keys[start + i * LANES] = bf16(pair[0]) | bf16(pair[1]) << 16;
+    }
+}
+
+/// Stores the value of one token at `offset` of the values of a page. The first token of a
+/// pair clears its partner's place, so no value of the page's previous owner is ever read.
+///
+/// # Panics
+/// When the slices are not of the page's shape.
+pub(crate) fn append_value(values: &mut [u32], offset: usize, value: &[f32]) {
+    let hd = value.len();
+    assert!(values.len() == page_words(hd) / 2 && offset < PAGE);
+    let words = &mut values[offset / 2 * hd..][..hd];
+    if offset.is_multiple_of(2) {
+        for (word, &v) in words.iter_mut().zip(value) {
+            *word = bf16(v);
+        }
+    } else {
+        for (word, &v) in words.iter_mut().zip(value) {
+            *word = (*word & 0xffff) | bf16(v) << 16;
+        }
+    }
+}
+
+/// One query head of one row.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Query<'a> {
+    /// The rotated query, already times 1/sqrt(head_dim).
+    pub(crate) q: &'a [f32],
+    /// Tokens it sees: its position + 1.
+    pub(crate) len: usize,
+    /// Where its result begins.
+    pub(crate) out: usize,
+}
+
+/// The pages of a sequence for one key–value head.
+#[derive(Clone, Copy)]
+pub(crate) struct Pages<'a> {
+    /// `[page][head]` of a layer.
+    pub(crate) layer: &'a [u32],
+    /// The pages of the sequence.
+    pub(crate) table: &'a [u32],
+    /// Heads of the layer.
+    pub(crate) heads: usize,
+    /// The head.
+    pub(crate) head: usize,
+}
+
+impl Pages<'_> {
+    /// Whether there are pages for `tokens`, all inside the layer.
+    fn hold(&self, tokens: usize, hd: usize) -> bool {
+        let count = self.layer.len() / (self.heads * page_words(hd));
+        self.head < self.heads
+            && tokens <= self.table.len() * PAGE
+            && self.table.iter().all(|&page| (page as usize) < count)
+    }
+
+    #[inline(always)]
+    fn page(&self, index: usize, hd: usize) -> *const u32 {
+        let page = self.table[index] as usize * self.heads + self.head;
+        self.layer.as_ptr().wrapping_add(page * page_words(hd))
+    }
+}
+
+/// Room for the intermediate results of one call.
+pub(crate) struct Scratch {
+    scores: Vec<f32>,
+    span: Vec<f32>,
+}
+
+impl Scratch {
+    /// For heads of this width.
+    pub(crate) fn new(head_dim: usize) -> Self {
+        Self {
+            scores: vec![0.0; MAX_QUERIES * SPAN],
+            span: vec![0.0; MAX_QUERIES * head_dim],
+        }
+    }
+}
+
+fn check(queries: &[Query<'_>], pages: Pages<'_>, scratch: &Scratch) {
+    let hd = queries[0].q.len();
+    assert!(queries.len() <= MAX_QUERIES && hd.is_multiple_of(LANES));
+    assert!(scratch.span.len() >= queries.len() * hd);
+    assert!(queries.iter().all(|q| q.q.len() == hd && q.len > 0));
+    assert!(pages.hold(longest(queries), hd));
+}
+
+fn longest(queries: &[Query<'_>]) -> usize {
+    queries.iter().map(|q| q.len).max().unwrap_or(0)
+}
+
+fn check_out(queries: &[Query<'_>], out: &[f32]) {
+    let hd = queries[0].q.len();
+    assert!(
+        queries
+            .iter()
+            .all(|q| q.out <= out.len() && hd <= out.len() - q.out)
+    );
+}
+
+/// Attends with 1 to [`MAX_QUERIES`] queries of one sequence to one key–value head.
+///
+/// # Panics
+/// When shapes do not fit, a query sees no token, or its pages are missing.
+pub(crate) fn attend(
+    isa: Isa,
+    queries: &[Query<'_>],
+    pages: Pages<'_>,
+    scratch: &mut Scratch,
+    out: &mut [f32],
+) {
+    check(queries, pages, scratch);
+    check_out(queries, out);
+    // SAFETY: every shape that the kernel relies on was checked above.
+    dispatch!(isa, whole::<_>(
+        queries: &[Query<'_>], pages: Pages<'_>, scratch: &mut Scratch, out: &mut [f32],
+    ));
+}
+
+/// Numbers that [`attend_spans`] leaves of each span and query.
+pub(crate) const fn partial_width(head_dim: usize) -> usize {
+    head_dim + 2
+}
+
+/// The part of [`attend`] before the merge, for some spans: `partials` takes
+/// [`partial_width`] numbers for each span and query.
+///
+/// # Panics
+/// As [`attend`].
+pub(crate) fn attend_spans(
+    isa: Isa,
+    queries: &[Query<'_>],
+    pages: Pages<'_>,
+    spans: Range<usize>,
+    scratch: &mut Scratch,
+    partials: &mut [f32],
+) {
+    check(queries, pages, scratch);
+    let width = partial_width(queries[0].q.len());
+    assert!(spans.end <= longest(queries).div_ceil(SPAN));
+    assert_eq!(partials.len(), spans.len() * queries.len() * width);
+    // SAFETY: every shape that the kernel relies on was checked above.
+    dispatch!(isa, some::<_>(
+        queries: &[Query<'_>], pages: Pages<'_>, spans: Range<usize>, scratch: &mut Scratch,
+        partials: &mut [f32],
+    ));
+}
+
+/// The rest of [`attend`]: merges what [`attend_spans`] left of all spans.
+///
+/// # Panics
+/// As [`attend`].
+pub(crate) fn merge_spans(isa: Isa, queries: &[Query<'_>], partials: &[f32], out: &mut [f32]) {
+    check_out(queries, out);
+    let width = partial_width(queries[0].q.len());
+    let spans = longest(queries).div_ceil(SPAN);
+    assert_eq!(partials.len(), spans * queries.len() * width);
+    // SAFETY: every shape that the kernel relies on was checked above.
+    dispatch!(isa, merged::<_>(queries: &[Query<'_>], partials: &[f32], out: &mut [f32]));
+}

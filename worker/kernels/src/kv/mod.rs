@@ -1,0 +1,215 @@
+//! The pool of KV pages of a model, and the phases that fill it and attend to it.
+
+mod plan;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+
+pub use plan::{Plan, Run};
+
+use crate::arena::Arena;
+use crate::attention::{
+    MAX_QUERIES, Pages, Query, append_key, append_value, attend, attend_spans, merge_spans,
+    page_words, partial_width,
+};
+use crate::gemm::{Linear, Outputs, ROW_BLOCK, Write};
+use crate::pool::Scatter;
+use crate::quant::Activations;
+use crate::simd::LANES;
+use crate::team::Team;
+
+/// What divides the width of a head.
+pub const HEAD_MULTIPLE: usize = LANES;
+
+/// Heads of an attention layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub q: usize,
+    /// Key–value heads; divides `q`.
+    pub kv: usize,
+    /// Width of a head, a multiple of [`HEAD_MULTIPLE`].
+    pub dim: usize,
+}
+
+impl Heads {
+    /// Columns of a row of q, k and v, one after the other.
+    pub fn qkv(&self) -> usize {
+        (self.q + 2 * self.kv) * self.dim
+    }
+}
+
+/// Pages of every layer, `[layer][page][kv head]`, all of one size.
+pub struct KvPool {
+    arena: Arena,
+    heads: Heads,
+    pages: usize,
+}
+
+impl KvPool {
+    /// Bytes of one page of all layers.
+    pub fn page_bytes(heads: Heads, layers: usize) -> usize {
+        layers * heads.kv * page_words(heads.dim) * 4
+    }
+
+    /// `pages` zeroed pages for each of `layers` layers.
+    pub fn new(heads: Heads, layers: usize, pages: usize) -> io::Result<Self> {
+        let arena = Arena::new(Self::page_bytes(heads, layers) * pages)?;
+        Ok(Self {
+            arena,
+            heads,
+            pages,
+        })
+    }
+
+    fn layer_words(&self) -> usize {
+        self.pages * self.heads.kv * page_words(self.heads.dim)
+    }
+
+    fn layer_mut(&mut self, layer: usize) -> &mut [u32] {
+        let words = self.layer_words();
+        &mut self.arena.as_words_mut()[layer * words..][..words]
+    }
+
+    /// Projects rows to queries, keys and values: passes each head of each row through
+    /// `each(row, head, values)`, heads numbered q first, then k, then v, which may add a bias,
+    /// normalise and rotate in place; stores keys and values in their pages and queries in
+    /// `queries[row * q * dim + head * dim]`.
+    ///
+    /// # Panics
+    /// When the shapes do not fit, or a page is not of the pool.
+    pub fn project(
+        &mut self,
+        team: &mut Team,
+        layer: usize,
+        plan: &Plan,
+        (linear, acts): (Linear<'_>, &Activations),
+        queries: &mut [f32],
+        each: &(dyn Fn(usize, usize, &mut [f32]) + Sync),
+    ) {
+        let (Heads { q, kv, dim }, rows, isa) = (self.heads, plan.rows(), team.isa);
+        let (words, pages) = (page_words(dim), self.pages);
+        assert!(linear.n() == self.heads.qkv() && linear.takes(acts, rows));
+        assert!(plan.heads() == self.heads && queries.len() >= rows * q * dim);
+        assert!(plan.slots.iter().all(|&(page, _)| page < pages));
+        let store = Scatter::new(self.layer_mut(layer));
+        let queries = Scatter::new(queries);
+        let blocks = rows.div_ceil(ROW_BLOCK);
+        // Two tokens share a word of values, so one item stores all values of a head, in order.
+        let items = kv + blocks * (q + kv);
+        team.pool
+            .phase_with(&mut team.scratch, items, |scratch, item| {
+                let (head, rows) = match item.checked_sub(kv) {
+                    None => (q + kv + item, 0..rows),
+                    Some(item) => {
+                        let first = item % blocks * ROW_BLOCK;
+                        (item / blocks, first..rows.min(first + ROW_BLOCK))
+                    }
+                };
+                for first in rows.clone().step_by(ROW_BLOCK) {
+                    let rows = first..rows.end.min(first + ROW_BLOCK);
+                    let tile = &mut scratch.tile[..rows.len() * dim];
+                    let out = Outputs {
+                        start: tile.as_mut_ptr(),
+                        stride: dim,
+                        write: Write::Set,
+                    };
+                    // SAFETY: the shapes fit, and the tile is the item's own.
+                    unsafe {
+                        linear.columns(isa, head * dim..(head + 1) * dim, acts, rows.clone(), out);
+                    }
+                    for (row, values) in rows.zip(tile.chunks_exact_mut(dim)) {
+                        each(row, head, values);
+                        if head < q {
+                            // SAFETY: an item has its own rows and head.
+                            let query = unsafe { queries.part((row * q + head) * dim, dim) };
+                            query.copy_from_slice(values);
+                            continue;
+                        }
+                        let (page, offset) = plan.slots[row];
+                        let at = (page * kv + (head - q) % kv) * words;
+                        let half = words / 2;
+                        // SAFETY: keys and values are halves of a page. An item has the keys of
+                        // its own rows, or all values of its head.
+                        unsafe {
+                            if head < q + kv {
+                                append_key(store.part(at, half), offset, values);
+                            } else {
+                                append_value(store.part(at + half, half), offset, values);
+                            }
+                        }
+                    }
+                }
+            });
+    }
+
+    /// Attends with the queries of every row; the results become the first rows of `out`.
+    ///
+    /// # Panics
+    /// When the shapes do not fit, or a page is not of the pool.
+    pub fn attend(
+        &self,
+        team: &mut Team,
+        layer: usize,
+        plan: &mut Plan,
+        queries: &[f32],
+        out: &mut Activations,
+    ) {
+        let (Heads { q, kv, dim }, isa) = (self.heads, team.isa);
+        let (group, rows) = (q / kv, plan.rows());
+        assert!(plan.heads() == self.heads && queries.len() >= rows * q * dim);
+        assert!(out.k() == q * dim && rows <= out.rows());
+        let layer = &self.arena.as_words()[layer * self.layer_words()..][..self.layer_words()];
+        let partials = Scatter::new(&mut plan.partials);
+        let (plan, out) = (&*plan, &*out);
+        team.pool
+            .phase_with(&mut team.scratch, plan.items.len(), |scratch, item| {
+                let item = &plan.items[item];
+                let block = &plan.blocks[item.block];
+                let width = item.heads.len() * group * dim;
+                let results = &mut scratch.tile[..block.rows * width];
+                for (index, head) in item.heads.clone().enumerate() {
+                    let mut of_head = [Query::default(); MAX_QUERIES];
+                    let count = block.rows * group;
+                    for (i, query) in of_head[..count].iter_mut().enumerate() {
+                        let (row, member) = (i / group, i % group);
+                        let at = ((block.row + row) * q + head * group + member) * dim;
+                        *query = Query {
+                            q: &queries[at..at + dim],
+                            len: block.position + row + 1,
+                            out: row * width + (index * group + member) * dim,
+                        };
+                    }
+                    let of_head = &of_head[..count];
+                    let pages = Pages {
+                        layer,
+                        table: plan.table(block),
+                        heads: kv,
+                        head,
+                    };
+                    let Some(split) = item.split.map(|split| &plan.splits[split]) else {
+                        attend(isa, of_head, pages, &mut scratch.attention, results);
+                        continue;
+                    };
+                    let span = count * partial_width(dim);
+                    let (first, len) = (item.spans.start * span, item.spans.len() * span);
+                    // SAFETY: a piece has its own spans.
+                    let part = unsafe { partials.part(split.partials.start + first, len) };
+                    let spans = item.spans.clone();
+                    attend_spans(isa, of_head, pages, spans, &mut scratch.attention, part);
+                    if !split.done() {
+                        return;
+                    }
+                    // SAFETY: all pieces are done, and this is the only one that merges them.
+                    let all = unsafe { partials.part(split.partials.start, split.partials.len()) };
+                    merge_spans(isa, of_head, all, results);
+                }
+                for (i, result) in results.chunks_exact(width).enumerate() {
+                    let first = item.heads.start * group * dim;
+                    // SAFETY: an item, or the last of its pieces, has its own rows and heads.
+                    unsafe { out.write_shared(isa, block.row + i, first, result) };
+                }
+            });
+    }
+}

@@ -1,0 +1,193 @@
+use super::*;
+use crate::Isa;
+use crate::gemm::{Placed, multiply};
+use crate::pack::{FloatRows, Format, Layout, Packing, Source, pack};
+use crate::quant::Precision;
+use crate::testing::{isas, random};
+
+const WIDTH: usize = 32;
+
+/// Rows of f32 weights, so that the projection is exact to compare.
+struct Floats(Vec<f32>);
+
+impl FloatRows for Floats {
+    fn floats(&self, row: usize, out: &mut [f32]) {
+        out.copy_from_slice(&self.0[row * WIDTH..][..WIDTH]);
+    }
+}
+
+/// Sequences that grow in steps on a pool of their own.
+struct Rig {
+    heads: Heads,
+    team: Team,
+    kv: KvPool,
+    plan: Plan,
+    weights: Vec<u8>,
+    part: Placed,
+}
+
+impl Rig {
+    fn new(heads: Heads, threads: usize, isa: Isa) -> Self {
+        let mut team = Team::new(threads, isa, WIDTH, heads.dim).unwrap();
+        let layout = Layout::new(heads.qkv(), WIDTH, Format::F32).unwrap();
+        let mut weights = vec![0; layout.bytes()];
+        let source = Floats(random(heads.qkv() * WIDTH, 1));
+        let packing = Packing {
+            layout,
+            source: Source::Floats(&source),
+            out: &mut weights,
+        };
+        pack(&mut team, &mut [packing]).unwrap();
+        Self {
+            heads,
+            kv: KvPool::new(heads, 2, 64).unwrap(),
+            plan: Plan::new(heads, threads, 512),
+            weights,
+            part: Placed { layout, offset: 0 },
+            team,
+        }
+    }
+
+    /// Runs the second layer on rows of sequences, each `(position, inputs, pages)`; what the
+    /// heads attend to, row by row. Each head's number is added as a bias.
+    fn step(&mut self, sequences: &[(usize, &[f32], &[u32])]) -> Vec<f32> {
+        let inputs: Vec<f32> = sequences.iter().flat_map(|s| s.1).copied().collect();
+        let (rows, isa) = (inputs.len() / WIDTH, self.team.isa);
+        let mut acts = Activations::new(rows, WIDTH, [Precision::F32]);
+        for (row, x) in inputs.chunks_exact(WIDTH).enumerate() {
+            acts.write(isa, row, 0, x);
+        }
+        let mut row = 0;
+        self.plan.set(sequences.iter().map(|&(position, x, pages)| {
+            let rows = x.len() / WIDTH;
+            row += rows;
+            Run {
+                row: row - rows,
+                rows,
+                position,
+                pages,
+            }
+        }));
+        let parts = [self.part];
+        let linear = Linear::new(&self.weights, &parts);
+        let width = self.heads.q * self.heads.dim;
+        let mut queries = vec![f32::NAN; rows * width];
+        let (team, plan) = (&mut self.team, &mut self.plan);
+        self.kv.project(
+            team,
+            1,
+            plan,
+            (linear, &acts),
+            &mut queries,
+            &|_, head, x| {
+                x.iter_mut().for_each(|x| *x += head as f32 / 16.0);
+            },
+        );
+        let mut out = Activations::new(rows, width, [Precision::F32]);
+        self.kv.attend(team, 1, plan, &queries, &mut out);
+        (0..rows * width)
+            // SAFETY: in bounds, and nothing writes.
+            .map(|i| unsafe { *out.float(i / width, i % width) })
+            .collect()
+    }
+}
+
+const HEADS: [Heads; 4] = [
+    Heads {
+        q: 9,
+        kv: 3,
+        dim: 64,
+    },
+    Heads {
+        q: 2,
+        kv: 2,
+        dim: 48,
+    },
+    Heads {
+        q: 4,
+        kv: 1,
+        dim: 16,
+    },
+    // As many queries as a call takes, and groups that fill no blocks.
+    Heads {
+        q: 62,
+        kv: 2,
+        dim: 16,
+    },
+];
+
+#[test]
+fn attends_to_what_was_projected() {
+    for heads in HEADS {
+        let Heads { q, kv, dim } = heads;
+        let tokens = 70;
+        let x = random(tokens * WIDTH, 5);
+        let mut rig = Rig::new(heads, 2, Isa::detect());
+        let out = rig.step(&[(0, &x, &[7, 3, 5])]);
+
+        let mut acts = Activations::new(tokens, WIDTH, [Precision::F32]);
+        for (row, x) in x.chunks_exact(WIDTH).enumerate() {
+            acts.write(Isa::Scalar, row, 0, x);
+        }
+        let mut qkv = vec![0.0; tokens * heads.qkv()];
+        let parts = [rig.part];
+        let linear = Linear::new(&rig.weights, &parts);
+        multiply(&mut rig.team, linear, &acts, tokens, &mut qkv, Write::Set);
+        let number = |t: usize, head: usize, d: usize| {
+            f64::from(qkv[t * heads.qkv() + head * dim + d] + head as f32 / 16.0)
+        };
+        let stored = |t, head, d| half::bf16::from_f64(number(t, head, d)).to_f64();
+        for (t, out) in out.chunks_exact(q * dim).enumerate() {
+            for head in 0..q {
+                let pair = q + head / (q / kv);
+                let score = |s| -> f64 {
+                    (0..dim)
+                        .map(|d| number(t, head, d) * stored(s, pair, d))
+                        .sum()
+                };
+                let scores: Vec<f64> = (0..=t).map(score).collect();
+                let max = scores.iter().copied().fold(f64::MIN, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for d in 0..dim {
+                    let value = |s: usize| weights[s] * stored(s, pair + kv, d);
+                    let exact = (0..=t).map(value).sum::<f64>() / total;
+                    let error = (f64::from(out[head * dim + d]) - exact).abs();
+                    assert!(error < 2e-3, "{heads:?} {t} {head} {d}: {error}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn batch_split_pages_and_instruction_set_change_no_bit() {
+    for heads in HEADS {
+        let tokens = 500;
+        let x = random(tokens * WIDTH, 6);
+        let row = heads.q * heads.dim;
+        let pages: Vec<u32> = (0..16).collect();
+        let whole = Rig::new(heads, 1, Isa::detect()).step(&[(0, &x, &pages)]);
+        for isa in isas() {
+            for threads in [1, 2, 5] {
+                let mut rig = Rig::new(heads, threads, isa);
+                // Beside another sequence in chunks, then token by token.
+                let (other, pages) = (random(3 * WIDTH, 9), Vec::from_iter((20..36).rev()));
+                let mut position = 0;
+                for chunk in [150, 7, 330].into_iter().chain([1; 13]) {
+                    let new = &x[position * WIDTH..(position + chunk) * WIDTH];
+                    let sequences: [(usize, &[f32], &[u32]); 2] =
+                        [(0, &other, &[50]), (position, new, &pages)];
+                    let out = rig.step(&sequences[usize::from(chunk == 1)..]);
+                    let out = &out[out.len() - chunk * row..];
+                    let expected = &whole[position * row..][..chunk * row];
+                    assert!(out == expected, "{heads:?} {isa:?} {threads} {position}");
+                    position += chunk;
+                }
+                assert_eq!(position, tokens);
+                let split = threads > 1 && heads.kv != 2;
+                assert_eq!(!rig.plan.splits.is_empty(), split);
+            }
+        }
+    }
+}

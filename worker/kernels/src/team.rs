@@ -1,0 +1,54 @@
+//! The threads that compute, with what each needs beside its items.
+
+use crate::Isa;
+use crate::attention::{self, MAX_QUERIES};
+use crate::gemm::ROW_BLOCK;
+use crate::pool::Pool;
+
+/// Columns of a gate and an up projection whose products are one block of activations.
+pub(crate) const GATED: usize = 64;
+
+/// A pool, the instruction set that it computes with, and scratch memory for every thread, so
+/// that no phase allocates.
+pub struct Team {
+    pub(crate) pool: Pool,
+    pub(crate) isa: Isa,
+    pub(crate) scratch: Vec<Scratch>,
+}
+
+/// What one thread writes and reads within an item.
+pub(crate) struct Scratch {
+    /// A row of a model, or some columns of a block of rows, or the results of queries.
+    pub(crate) tile: Vec<f32>,
+    pub(crate) attention: attention::Scratch,
+}
+
+impl Team {
+    /// `threads` threads for rows of up to `width` numbers and heads of `head_dim`.
+    ///
+    /// # Errors
+    /// When the system refuses a thread.
+    ///
+    /// # Panics
+    /// When the machine lacks `isa`.
+    pub fn new(threads: usize, isa: Isa, width: usize, head_dim: usize) -> std::io::Result<Self> {
+        let pool = Pool::new(threads)?;
+        let tile = width
+            .max(ROW_BLOCK * head_dim.max(GATED))
+            .max(MAX_QUERIES * head_dim);
+        let scratch = (0..pool.threads()).map(|_| Scratch {
+            tile: vec![0.0; tile],
+            attention: attention::Scratch::new(head_dim),
+        });
+        Ok(Self {
+            scratch: scratch.collect(),
+            isa: isa.checked(),
+            pool,
+        })
+    }
+
+    /// Threads, the driver's included.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+}
