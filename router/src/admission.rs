@@ -256,3 +256,6 @@ impl Drop for Permit {
         self.admission.admit_waiting(&mut state);
     }
 }
+
+#[cfg(test)]
+mod tests;

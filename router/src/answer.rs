@@ -6,7 +6,10 @@ use futures::{
     Stream, StreamExt,
     stream::{BoxStream, SelectAll},
 };
-use shoal_proto::inference::{FinishReason, TokenLogprob, Usage};
+use shoal_proto::{
+    inference::{FinishReason, TokenLogprob, Usage},
+    worker::SequenceUsage,
+};
 use tokio::time::Instant;
 use tracing::Span;
 
@@ -19,6 +22,7 @@ use crate::{
     output::Output,
     placement::Work,
     request::Job,
+    service::Open,
 };
 
 /// New text of one choice. All fields may be empty; the last one of a choice has a finish
@@ -47,9 +51,11 @@ pub(crate) struct Answer {
     pub(crate) job: Arc<Job>,
     choices: SelectAll<BoxStream<'static, Result<Step, RequestError>>>,
     first: Option<Growth>,
-    open: u32,
+    /// Choices without their end.
+    unfinished: u32,
     usage: Usage,
     meter: Meter,
+    open: Open,
 }
 
 impl Answer {
@@ -61,6 +67,7 @@ impl Answer {
         work: Work,
         permits: Vec<Permit>,
         tenant: TenantGuard,
+        open: Open,
     ) -> Result<Self, RequestError> {
         let metrics = dispatch.metrics.model(job.model.name.clone());
         let prompt_tokens = job.prompt.len() as u32;
@@ -69,7 +76,7 @@ impl Answer {
             .observe(job.arrival.at.elapsed().as_secs_f64());
         metrics.prompt_tokens.inc_by(prompt_tokens.into());
         tenant.charge(prompt_tokens);
-        let open = job.choices;
+        let unfinished = job.choices;
         let mut choices = SelectAll::new();
         for (choice, permit) in (0..).zip(permits) {
             let generation = Generation::new(dispatch.clone(), job.clone(), choice, work, permit);
@@ -82,7 +89,7 @@ impl Answer {
                 dispatch: dispatch.clone(),
                 tenant,
                 span: Span::current(),
-                last: vec![None; open as usize],
+                last: vec![None; unfinished as usize],
                 usage: Usage::default(),
                 done: false,
             },
@@ -93,6 +100,7 @@ impl Answer {
             job,
             choices,
             first: None,
+            unfinished,
             open,
         };
         answer.first = answer.next().await.transpose()?;
@@ -108,7 +116,7 @@ impl Answer {
             mut growth,
             completion_tokens,
             cached_tokens,
-        } = match self.choices.next().await? {
+        } = match self.step().await? {
             Ok(step) => step,
             Err(error) => {
                 self.choices.clear();
@@ -122,13 +130,19 @@ impl Answer {
             self.usage.cached_tokens = cached_tokens;
         }
         if growth.finish.is_some() {
-            self.open -= 1;
-            if self.open == 0 {
+            self.unfinished -= 1;
+            if self.unfinished == 0 {
                 growth.usage = Some(self.usage);
                 self.meter.finish(self.usage);
             }
         }
         Some(Ok(growth))
+    }
+
+    async fn step(&mut self) -> Option<Result<Step, RequestError>> {
+        let step = self.choices.next();
+        let step = self.open.cut.run_until_cancelled(step).await;
+        step.unwrap_or(Some(Err(RequestError::Draining)))
     }
 
     /// As a stream.
@@ -149,14 +163,34 @@ fn grow(
     async_stream::try_stream! {
         loop {
             let tokens = generation.next().await?;
-            let cached_tokens = tokens.end.map_or(0, |end| end.usage.cached_tokens);
+            let end = tokens.end;
             let before = output.completion_tokens();
-            let growth = output.push(index, tokens);
+            let mut growth = output.push(index, tokens);
+            let mut completion_tokens = output.completion_tokens() - before;
             let finished = growth.finish.is_some();
+            let usage = match end {
+                Some(end) => end.usage,
+                None if finished => {
+                    // By a stop string. The text goes out while the worker ends it, too.
+                    let last = Growth {
+                        index,
+                        finish: growth.finish.take(),
+                        stop: growth.stop.take(),
+                        ..Growth::default()
+                    };
+                    yield Step {
+                        growth: std::mem::replace(&mut growth, last),
+                        completion_tokens: std::mem::take(&mut completion_tokens),
+                        cached_tokens: 0,
+                    };
+                    generation.cancel().await
+                }
+                None => SequenceUsage::default(),
+            };
             yield Step {
                 growth,
-                completion_tokens: output.completion_tokens() - before,
-                cached_tokens,
+                completion_tokens,
+                cached_tokens: usage.cached_tokens,
             };
             if finished {
                 break;

@@ -304,6 +304,7 @@ impl Cluster {
                 up: connected.is_some(),
                 ready: connected.is_some_and(|c| c.is_ready()),
                 sequences: connected.map_or(0, |c| c.session.placed().sequences),
+                running: connected.map_or(0, |c| c.load().running),
             }
         };
         workers.iter().map(status).collect()

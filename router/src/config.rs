@@ -39,6 +39,8 @@ pub struct RouterArgs {
     pub default_max_tokens: Option<u32>,
     /// How long a request whose worker was lost waits for another one.
     pub resume_window: Duration,
+    /// For open answers after the shutdown's start; then they end with an error.
+    pub drain: Duration,
     /// A worker that says nothing for so long is taken for dead.
     pub worker_silence: Duration,
     /// A worker with work that finishes no step for so long is taken for hung.
@@ -60,6 +62,7 @@ impl Default for RouterArgs {
             request_timeout: Duration::from_secs(600),
             default_max_tokens: None,
             resume_window: Duration::from_secs(30),
+            drain: Duration::from_secs(30),
             worker_silence: Duration::from_secs(10),
             worker_stall: Duration::from_secs(60),
         }
@@ -78,7 +81,11 @@ pub struct RouterConfig {
     pub(crate) request_timeout: Duration,
     pub(crate) default_max_tokens: Option<u32>,
     pub(crate) resume_window: Duration,
+    pub(crate) drain: Duration,
 }
+
+/// For clients to read the ends of their answers once there is nothing more to come.
+const LAST_READS: Duration = Duration::from_secs(5);
 
 impl TryFrom<RouterArgs> for RouterConfig {
     type Error = RouterError;
@@ -119,7 +126,10 @@ impl TryFrom<RouterArgs> for RouterConfig {
             listen: ListenConfig {
                 address: args.listen,
                 tls: args.tls,
-                limits: Limits::default(),
+                limits: Limits {
+                    drain: LAST_READS,
+                    ..Limits::default()
+                },
             },
             membership: args.membership.unwrap_or(Arc::new(workers)),
             link: LinkConfig {
@@ -139,6 +149,7 @@ impl TryFrom<RouterArgs> for RouterConfig {
             request_timeout: args.request_timeout,
             default_max_tokens: args.default_max_tokens,
             resume_window: args.resume_window,
+            drain: args.drain,
         })
     }
 }

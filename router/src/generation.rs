@@ -15,7 +15,7 @@ use std::{
 
 use shoal_core::TokenId;
 use shoal_proto::worker::{Finish, Logprob, RejectReason, SequenceOutput, SequenceUsage, Submit};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::{
     admission::{Admission, Permit},
@@ -31,6 +31,8 @@ use crate::{
 const MAX_FRUITLESS: u32 = 4;
 /// Between tries where every worker refuses a sequence that was running.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// Most that a cancelled sequence's last word may hold its answer up; it takes about a step.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// What every generation needs.
 #[derive(Debug)]
@@ -214,6 +216,27 @@ impl Generation {
             Finish::Cancelled | Finish::Preempted => self.lose()?,
         }
         Ok(news)
+    }
+
+    /// Ends it at the worker and returns what it cost, as far as the worker says so in time.
+    pub(crate) async fn cancel(&mut self) -> SequenceUsage {
+        let Some((_, attachment)) = &self.at else {
+            return SequenceUsage::default();
+        };
+        attachment.cancel();
+        let farewell = async {
+            loop {
+                match attachment.next().await {
+                    Event::Output(output) => {
+                        if let Some(usage) = output.usage {
+                            return usage;
+                        }
+                    }
+                    Event::Rejected(..) | Event::Lost => return SequenceUsage::default(),
+                }
+            }
+        };
+        timeout(FAREWELL, farewell).await.unwrap_or_default()
     }
 
     fn detach(&mut self) {

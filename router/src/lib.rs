@@ -21,6 +21,8 @@ mod request;
 mod server;
 mod service;
 mod session;
+#[cfg(test)]
+mod testing;
 
 pub use config::{RouterArgs, RouterConfig};
 pub use error::RouterError;

@@ -197,6 +197,9 @@ impl Link {
                             self.cluster.changed();
                         }
                         Some(Frame::Pong(pong)) => {
+                            if let Some(load) = pong.load {
+                                connected.set_load(load);
+                            }
                             if pong.step != step {
                                 (step, progress) = (pong.step, heard);
                             }

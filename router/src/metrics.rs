@@ -1,13 +1,19 @@
 //! Every metric of a router, under the prefix `shoal_`.
 
-use std::sync::{Arc, Weak};
+use std::{
+    fmt::{self, Write as _},
+    sync::{Arc, Weak},
+};
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
+    encoding::{
+        DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, LabelValueEncoder,
+    },
     metrics::{counter::Counter, family::Family, gauge::ConstGauge, histogram::Histogram},
 };
 use shoal_fabric::metrics::{Registry, latency_histogram, step_histogram};
+use tonic::Code;
 
 use crate::{admission::Admission, cluster::Cluster};
 
@@ -16,8 +22,23 @@ use crate::{admission::Admission, cluster::Cluster};
 pub(crate) struct RequestLabels {
     /// The route's pattern, or the gRPC method.
     pub(crate) route: String,
-    /// The HTTP status; of gRPC, always 200: its statuses are among the rejects.
-    pub(crate) code: u16,
+    pub(crate) code: Outcome,
+}
+
+/// How an answer ended, as a label: `404`, `NotFound`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Outcome {
+    Http(u16),
+    Grpc(Code),
+}
+
+impl EncodeLabelValue for Outcome {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        match self {
+            Self::Http(status) => status.encode(encoder),
+            Self::Grpc(code) => write!(encoder, "{code:?}"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -82,7 +103,11 @@ impl Metrics {
         };
         let m = new.clone();
         registry.register(|r| {
-            r.register("requests", "Requests by route and status", m.requests);
+            r.register(
+                "requests",
+                "Requests by route and HTTP status or gRPC code",
+                m.requests,
+            );
             r.register(
                 "resubmissions",
                 "Sequences given to another worker, or to the same one again",
@@ -162,7 +187,7 @@ pub(crate) struct StateCollector {
 }
 
 impl Collector for StateCollector {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let (Some(admission), Some(cluster)) = (self.admission.upgrade(), self.cluster.upgrade())
         else {
             return Ok(());
@@ -203,7 +228,12 @@ impl Collector for StateCollector {
         })?;
         family("worker_sequences", "Sequences placed on the worker", |w| {
             w.sequences.into()
-        })
+        })?;
+        family(
+            "worker_running",
+            "Sequences that the worker runs for all routers, as it said last",
+            |w| w.running.into(),
+        )
     }
 }
 
@@ -214,4 +244,6 @@ pub(crate) struct WorkerStatus {
     pub(crate) up: bool,
     pub(crate) ready: bool,
     pub(crate) sequences: u32,
+    /// As the worker said last.
+    pub(crate) running: u32,
 }

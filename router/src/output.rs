@@ -186,3 +186,6 @@ fn token_logprob(model: &Model, token: TokenId, logprob: Logprob) -> TokenLogpro
         unscored: logprob.unscored,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use shoal_fabric::{
     shutdown::Shutdown,
 };
 use shoal_proto::inference::inference_server::InferenceServer;
+use tokio_util::sync::CancellationToken;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
@@ -45,7 +46,8 @@ impl Server {
         self.listener.local_addr().map_err(RouterError::Address)
     }
 
-    /// Serves until the shutdown; then lets the open answers end.
+    /// Serves until the shutdown, and on until the open answers have ended: new requests are
+    /// refused then, and probes see it.
     ///
     /// # Errors
     /// When a service cannot be set up.
@@ -78,11 +80,17 @@ impl Server {
             .set_service_status("", ServingStatus::NotServing)
             .await;
         let app = api::app(service.clone(), &registry, health)?;
-        let reporting = shutdown.spawn(report(service, reporter));
+        let reporting = shutdown.spawn(report(service.clone(), reporter));
         let address = listener.local_addr().map_err(RouterError::Address)?;
         tracing::info!(%address, "router listens");
         shutdown.listening(address);
-        net::serve(listener, app, shutdown.token()).await;
+        let stop = CancellationToken::new();
+        let ending = async {
+            shutdown.started().await;
+            service.end(config.drain).await;
+            stop.cancel();
+        };
+        tokio::join!(net::serve(listener, app, stop.clone()), ending);
         cluster.stop();
         reporting.abort();
         Ok(())

@@ -4,6 +4,11 @@ use std::{sync::Arc, time::Duration};
 
 use shoal_fabric::shutdown::Shutdown;
 use shoal_proto::inference::GenerateRequest;
+use tokio::time::timeout;
+use tokio_util::{
+    sync::CancellationToken,
+    task::{TaskTracker, task_tracker::TaskTrackerToken},
+};
 use tracing::Span;
 
 use crate::{
@@ -32,6 +37,18 @@ pub(crate) struct Service {
     /// Whoever calls where no keys are needed.
     anyone: Caller,
     default_max_tokens: Option<u32>,
+    /// The requests that are not answered to their end.
+    open: TaskTracker,
+    /// The end of those that take too long to drain.
+    cut: CancellationToken,
+}
+
+/// A request that the end of the process waits for.
+#[derive(Debug)]
+pub(crate) struct Open {
+    /// When it waits no longer.
+    pub(crate) cut: CancellationToken,
+    _counted: TaskTrackerToken,
 }
 
 /// What a [`Service`] is made of.
@@ -70,6 +87,8 @@ impl Service {
                 user: "".into(),
             },
             default_max_tokens: parts.default_max_tokens,
+            open: TaskTracker::new(),
+            cut: CancellationToken::new(),
         }
     }
 
@@ -93,15 +112,40 @@ impl Service {
         !self.shutdown.is_started() && self.cluster.is_ready()
     }
 
+    /// Waits until every open request is answered, for `drain` at most; then ends the rest.
+    pub(crate) async fn end(&self, drain: Duration) {
+        self.open.close();
+        if timeout(drain, self.open.wait()).await.is_err() {
+            tracing::warn!(open = self.open.len(), "answers cut off");
+            self.cut.cancel();
+        }
+    }
+
     /// Takes a request as far as its first news.
     pub(crate) async fn generate(
         &self,
         request: GenerateRequest,
         arrival: Arrival,
     ) -> Result<Answer, RequestError> {
+        // Counted first: the end waits for whoever still finds the shutdown not started.
+        let open = Open {
+            cut: self.cut.clone(),
+            _counted: self.open.token(),
+        };
         if self.shutdown.is_started() {
             return Err(RequestError::Draining);
         }
+        let begun = self.begin(request, arrival, open);
+        let answer = self.cut.run_until_cancelled(begun).await;
+        answer.unwrap_or(Err(RequestError::Draining))
+    }
+
+    async fn begin(
+        &self,
+        request: GenerateRequest,
+        arrival: Arrival,
+        open: Open,
+    ) -> Result<Answer, RequestError> {
         let tenant = arrival.caller.tenant.begin()?;
         let model = self.cluster.model(&request.model)?;
         if !self.cluster.is_ready() {
@@ -121,6 +165,6 @@ impl Service {
         let permits = ticket
             .admit(job.choices, work, job.priority, deadline)
             .await?;
-        Answer::start(&self.dispatch, job, work, permits, tenant).await
+        Answer::start(&self.dispatch, job, work, permits, tenant, open).await
     }
 }

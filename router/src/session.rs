@@ -113,6 +113,8 @@ struct Entry {
     slot: Arc<Slot>,
     /// Prompt tokens, until the first output shows that they are computed.
     unstarted: u64,
+    /// The worker is told to end it.
+    cancelled: bool,
 }
 
 #[derive(Debug, Default)]
@@ -120,7 +122,7 @@ struct Table {
     entries: HashMap<u64, Entry>,
     /// Sum of the entries' `unstarted`.
     unstarted: u64,
-    /// At most one per entry ever dropped and not yet sent.
+    /// Not yet sent; at most one per entry.
     cancels: Vec<Cancel>,
     closed: bool,
 }
@@ -201,6 +203,7 @@ impl Session {
             let entry = Entry {
                 slot: slot.clone(),
                 unstarted,
+                cancelled: false,
             };
             table.entries.insert(sequence, entry);
         }
@@ -281,9 +284,22 @@ impl Session {
         entry.is_some_and(|entry| entry.slot.attempt == attempt)
     }
 
+    /// Has the worker end a sequence that is still listened to.
+    fn cancel(&self, sequence: u64, attempt: u32) {
+        let mut table = lock(&self.table);
+        let entry = table.entries.get_mut(&sequence);
+        let entry = entry.filter(|entry| entry.slot.attempt == attempt);
+        if entry.is_some_and(|entry| !std::mem::replace(&mut entry.cancelled, true)) {
+            table.cancels.push(Cancel { sequence, attempt });
+            drop(table);
+            self.wake.notify_one();
+        }
+    }
+
     fn withdraw(&self, sequence: u64, attempt: u32) {
         let mut table = lock(&self.table);
-        if table.remove(sequence, attempt).is_some() {
+        let entry = table.remove(sequence, attempt);
+        if entry.is_some_and(|entry| !entry.cancelled) {
             table.cancels.push(Cancel { sequence, attempt });
             drop(table);
             self.wake.notify_one();
@@ -345,6 +361,11 @@ impl Attachment {
         self.slot.next().await
     }
 
+    /// Has the worker end it; what it says last still comes.
+    pub(crate) fn cancel(&self) {
+        self.session.cancel(self.sequence, self.slot.attempt);
+    }
+
     /// The permit, for the next attempt, where the worker is not done.
     pub(crate) fn take_permit(&self) -> Option<Permit> {
         lock(&self.slot.state).permit.take()
@@ -356,3 +377,6 @@ impl Drop for Attachment {
         self.session.withdraw(self.sequence, self.slot.attempt);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -55,6 +55,10 @@ pub(crate) struct RouterSettings {
     #[arg(long, env = "SHOAL_ROUTER_RESUME_WINDOW", value_name = "TIME")]
     pub(crate) resume_window: Option<Time>,
 
+    /// For open answers after a signal; then they end with an error [default: 30s]
+    #[arg(long, env = "SHOAL_ROUTER_DRAIN", value_name = "TIME")]
+    pub(crate) drain: Option<Time>,
+
     /// A worker that says nothing for so long is taken for dead [default: 10s]
     #[arg(long, env = "SHOAL_ROUTER_WORKER_SILENCE", value_name = "TIME")]
     pub(crate) worker_silence: Option<Time>,
@@ -121,6 +125,7 @@ impl TryFrom<RouterSettings> for RouterArgs {
             request_timeout: time(raw.request_timeout, default.request_timeout),
             default_max_tokens: raw.default_max_tokens.or(default.default_max_tokens),
             resume_window: time(raw.resume_window, default.resume_window),
+            drain: time(raw.drain, default.drain),
             worker_silence: time(raw.worker_silence, default.worker_silence),
             worker_stall: time(raw.worker_stall, default.worker_stall),
         })

@@ -3,19 +3,17 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::{
-    extract::{FromRequestParts, MatchedPath, Request, State},
+    extract::{FromRequestParts, Request, State},
     middleware::Next,
     response::Response,
 };
 use http::{HeaderMap, HeaderName, HeaderValue, header, request::Parts};
 use shoal_fabric::telemetry;
 use tokio::time::Instant;
-use tracing::{Instrument, Span, field::Empty, info_span};
+use tracing::{Instrument, field::Empty, info_span};
 
-use crate::{
-    api::error::Reason, error::RequestError, keys::Caller, metrics::RequestLabels,
-    request::Arrival, service::Service,
-};
+use super::account;
+use crate::{error::RequestError, keys::Caller, request::Arrival, service::Service};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const LONGEST_REQUEST_ID: usize = 128;
@@ -90,8 +88,7 @@ pub(super) async fn surround(
         seed = Empty,
     );
     telemetry::set_parent_from_headers(&span, request.headers());
-    let path = request.extensions().get::<MatchedPath>();
-    let route = path.map_or_else(|| "none".to_owned(), |path| path.as_str().to_owned());
+    let route = account::route(&request);
     request.extensions_mut().insert(Context {
         request_id: request_id.clone(),
         caller,
@@ -102,20 +99,7 @@ pub(super) async fn surround(
     if let Ok(id) = HeaderValue::from_str(&request_id) {
         response.headers_mut().insert(REQUEST_ID.clone(), id);
     }
-    account(&service, &span, route, &response);
-    response
-}
-
-fn account(service: &Service, span: &Span, route: String, response: &Response) {
-    if let Some(Reason(reason)) = response.extensions().get() {
-        service.metrics.rejected(reason);
-        tracing::info!(parent: span, status = response.status().as_u16(), reason, "refused");
-    }
-    let labels = RequestLabels {
-        route,
-        code: response.status().as_u16(),
-    };
-    service.metrics.requests.get_or_create(&labels).inc();
+    account::count(&service.metrics, &span, route, response)
 }
 
 /// The client's id where it is fit for logs and headers, else a new one.

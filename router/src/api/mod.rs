@@ -1,6 +1,7 @@
 //! The doors of a router: OpenAI's HTTP API, gRPC, and what operators look at. All on one
 //! port, all onto one request path.
 
+mod account;
 mod admin;
 mod body;
 mod context;

@@ -9,6 +9,11 @@ use crate::{
     support::{Router, args, content, joined},
 };
 
+/// The name of a metric of one worker.
+fn worker_metric(name: &str, mock: &Mock) -> String {
+    format!("shoal_worker_{name}{{worker=\"{}\"}}", mock.address)
+}
+
 const TEXT: &str = "the very same text, wherever it is made";
 
 #[tokio::test]
@@ -44,18 +49,11 @@ async fn another_worker_takes_over() {
     let a = Mock::start(script.clone()).await;
     let b = Mock::start(script).await;
     let router = Router::ready(&[&a, &b]).await;
-    router
-        .metric_becomes(
-            &format!("shoal_worker_ready{{worker=\"{}\"}}", a.address),
-            1.0,
-        )
-        .await;
-    router
-        .metric_becomes(
-            &format!("shoal_worker_ready{{worker=\"{}\"}}", b.address),
-            1.0,
-        )
-        .await;
+    for mock in [&a, &b] {
+        router
+            .metric_becomes(&worker_metric("ready", mock), 1.0)
+            .await;
+    }
     let answer = router.chat(json!({})).await;
     assert_eq!(content(&answer), TEXT);
 }
@@ -155,17 +153,42 @@ async fn a_refusing_worker_is_passed_over() {
     ] {
         let mut a = Mock::start(Script::answer("from a worker that can")).await;
         let mut b = Mock::start(Script::answer("from a worker that can")).await;
+        // So that the other one is asked first.
+        b.set_elsewhere(100);
         let router = Router::ready(&[&a, &b]).await;
-        for mock in [&a, &b] {
-            let name = format!("shoal_worker_ready{{worker=\"{}\"}}", mock.address);
-            router.metric_becomes(&name, 1.0).await;
-        }
+        router
+            .metric_becomes(&worker_metric("ready", &a), 1.0)
+            .await;
+        router
+            .metric_becomes(&worker_metric("running", &b), 100.0)
+            .await;
         a.set_script(|script| script.reject = Some(reason));
         let answer = router.chat(json!({})).await;
         assert_eq!(content(&answer), "from a worker that can");
         a.submitted().await;
         b.submitted().await;
     }
+}
+
+#[tokio::test]
+async fn an_idle_router_sees_what_other_routers_do() {
+    let mut a = Mock::start(Script::answer("x")).await;
+    let mut b = Mock::start(Script::answer("x")).await;
+    let mut args = args(&[&a, &b]);
+    // A quarter of it is the time between pings.
+    args.worker_silence = std::time::Duration::from_secs(2);
+    let router = Router::ready_with(args).await;
+    a.set_elsewhere(100);
+    router
+        .metric_becomes(&worker_metric("ready", &b), 1.0)
+        .await;
+    router
+        .metric_becomes(&worker_metric("running", &a), 100.0)
+        .await;
+    for _ in 0..3 {
+        router.chat(json!({})).await;
+    }
+    assert_eq!((a.untaken(), b.untaken()), (0, 3));
 }
 
 #[tokio::test]

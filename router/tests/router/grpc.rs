@@ -311,4 +311,48 @@ async fn an_unknown_method_is_unimplemented() {
     let request = tonic::Request::new(TokenizeRequest::default());
     let status = client.unary(request, path, codec).await.unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented);
+    // It gets no label of its own.
+    let route = "/shoal.inference.v1.Inference/{*rest}";
+    let name = format!("shoal_requests_total{{route=\"{route}\",code=\"Unimplemented\"}}");
+    router.metric_becomes(&name, 1.0).await;
+}
+
+#[tokio::test]
+async fn calls_are_counted_by_method_and_code() {
+    let mock = Mock::gated(Script::answer("abc")).await;
+    let router = Router::ready(&[&mock]).await;
+    let mut grpc = router.grpc().await;
+    let elsewhere = GenerateRequest {
+        model: "other".into(),
+        ..text("x")
+    };
+    grpc.generate(elsewhere.clone()).await.unwrap_err();
+    grpc.generate_stream(elsewhere).await.unwrap_err();
+
+    // A stream whose client leaves, and one that is read to its end.
+    let begin = async {
+        mock.live(1).await;
+        mock.step(1);
+    };
+    let (left, ()) = tokio::join!(grpc.generate_stream(text("x")), begin);
+    drop(left);
+    mock.live(0).await;
+    let begin = async {
+        mock.live(1).await;
+        mock.step(4);
+    };
+    let (read, ()) = tokio::join!(grpc.generate_stream(text("x")), begin);
+    let mut chunks = read.unwrap().into_inner();
+    while chunks.message().await.unwrap().is_some() {}
+
+    for (method, code) in [
+        ("Generate", "NotFound"),
+        ("GenerateStream", "NotFound"),
+        ("GenerateStream", "Cancelled"),
+        ("GenerateStream", "Ok"),
+    ] {
+        let route = format!("/shoal.inference.v1.Inference/{method}");
+        let name = format!("shoal_requests_total{{route=\"{route}\",code=\"{code}\"}}");
+        router.metric_becomes(&name, 1.0).await;
+    }
 }

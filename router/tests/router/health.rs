@@ -1,12 +1,14 @@
 //! Health as operators see it.
 
-use serde_json::json;
+use std::time::Duration;
+
+use serde_json::{Value, json};
 use shoal_proto::worker::WorkerState;
 use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::{
     mock::{Mock, Script},
-    support::{Router, args, chat_body},
+    support::{Router, args, chat_body, error_of, joined},
 };
 
 #[tokio::test]
@@ -40,7 +42,7 @@ async fn without_any_worker_requests_are_503() {
         .post("/v1/chat/completions", chat_body(json!({})))
         .await;
     assert_eq!(response.headers()["retry-after"], "1");
-    let (status, error) = crate::support::error_of(response).await;
+    let (status, error) = error_of(response).await;
     assert_eq!((status, &error["code"]), (503, &json!("no_ready_worker")));
     assert_eq!(router.get("/health").await.0, 503);
     assert_eq!(router.get("/live").await.0, 200);
@@ -57,9 +59,49 @@ async fn a_shutdown_lets_open_answers_end() {
     };
     let (events, ()) = tokio::join!(router.stream(json!({})), begin);
     router.shutdown.start();
+    // New connections are told so, for as long as the answer is open.
+    let newcomer = reqwest::Client::new();
+    let health = newcomer.get(format!("{}/health", router.base));
+    let health = health.send().await.unwrap();
+    assert_eq!(health.status(), 503);
+    let health: Value = health.json().await.unwrap();
+    assert_eq!(health["status"], "draining");
+    assert_eq!(router.get("/live").await.0, 200);
+    let response = router
+        .post("/v1/chat/completions", chat_body(json!({})))
+        .await;
+    assert!(response.headers().contains_key("retry-after"));
+    let (status, error) = error_of(response).await;
+    assert_eq!((status, &error["code"]), (503, &json!("draining")));
     mock.step(20);
     let chunks = events.rest().await;
-    assert_eq!(crate::support::joined(&chunks, 0), "to the end");
+    assert_eq!(joined(&chunks, 0), "to the end");
+    router.stop().await;
+}
+
+#[tokio::test]
+async fn a_drain_has_an_end() {
+    let mock = Mock::gated(Script::answer("never to the end")).await;
+    let mut args = args(&[&mock]);
+    args.drain = Duration::from_millis(100);
+    let router = Router::ready_with(args).await;
+    let begin = async {
+        mock.live(1).await;
+        mock.step(1);
+    };
+    let (mut events, ()) = tokio::join!(router.stream(json!({})), begin);
+    assert_eq!(events.text().await, "n");
+    let waiting = router.post("/v1/completions", json!({"prompt": "x"}));
+    let end = async {
+        mock.live(2).await;
+        router.shutdown.start();
+    };
+    let (waiting, ()) = tokio::join!(waiting, end);
+    let (status, error) = error_of(waiting).await;
+    assert_eq!((status, &error["code"]), (503, &json!("draining")));
+    assert_eq!(events.chunk().await["error"]["code"], "draining");
+    assert_eq!(events.next().await, None);
+    mock.live(0).await;
     router.stop().await;
 }
 

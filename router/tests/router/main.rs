@@ -1,5 +1,9 @@
 //! A router over real sockets, before scripted workers.
 
+// Helpers are outside of test functions, where clippy does not know them for tests.
+#![allow(clippy::unwrap_used)]
+
+mod bundle;
 mod disconnect;
 mod errors;
 mod failover;

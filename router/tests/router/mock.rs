@@ -1,9 +1,12 @@
-//! A scriptable worker on a real socket, and the tiny byte-level model that it serves.
+//! A scriptable worker on a real socket.
 
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use futures::{StreamExt, stream::BoxStream};
@@ -14,10 +17,9 @@ use shoal_proto::{
     worker::{
         Cancel, Chunk, DescribeRequest, DrainRequest, DrainResponse, FetchTokenizerRequest, Finish,
         Load, Logprob, ModelDescription, Pong, RejectReason, Rejected, RouterFrame, SequenceOutput,
-        SequenceUsage, StateChange, StepOutput, Submit, TokenizerBundle, UndrainRequest,
-        UndrainResponse, WorkerFrame, WorkerState,
+        SequenceUsage, StateChange, StepOutput, Submit, UndrainRequest, UndrainResponse,
+        WorkerFrame, WorkerState,
         router_frame::Frame as Up,
-        tokenizer_bundle::Kind,
         worker_frame::Frame as Down,
         worker_server::{Worker, WorkerServer},
     },
@@ -30,41 +32,10 @@ use tokio::{
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
+use crate::bundle::{END, bundle};
+
 pub(crate) const MODEL: &str = "mock";
 pub(crate) const CONTEXT: u32 = 512;
-pub(crate) const VOCAB: u32 = 259;
-const END: u32 = 256;
-
-/// GPT-2's printable stand-ins for bytes.
-fn byte_char(byte: u8) -> char {
-    let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-    if printable(byte) {
-        return char::from(byte);
-    }
-    let rank = (0..byte).filter(|&b| !printable(b)).count() as u32;
-    char::from_u32(256 + rank).unwrap()
-}
-
-/// One token per byte, `<end>`, and the markup of a chat.
-fn bundle() -> TokenizerBundle {
-    let mut tokens: Vec<String> = (0..=255).map(|b| byte_char(b).to_string()).collect();
-    tokens.extend(["<end>", "<user>", "<bot>"].map(str::to_owned));
-    let mut token_types = vec![1; 256];
-    token_types.extend([3; 3]);
-    TokenizerBundle {
-        kind: Kind::ByteBpe as i32,
-        pre: "gpt-2".into(),
-        tokens,
-        token_types,
-        eos: Some(END),
-        end_tokens: vec![END],
-        chat_template: "{% for m in messages %}{% if m.role == 'bad' %}\
-            {{ raise_exception('bad role') }}{% endif %}<user>{{ m.content }}{% endfor %}\
-            {% if add_generation_prompt %}<bot>{% endif %}"
-            .into(),
-        ..TokenizerBundle::default()
-    }
-}
 
 /// What the worker does with a submission.
 #[derive(Clone, Debug)]
@@ -113,6 +84,8 @@ struct Shared {
     state: watch::Sender<WorkerState>,
     breaks: watch::Sender<u64>,
     epoch: Mutex<u64>,
+    /// Sequences that other routers run here.
+    elsewhere: AtomicU32,
 }
 
 /// A worker under a test's control. Dropping it is the death of its process: listener and
@@ -151,6 +124,7 @@ impl Mock {
             state: watch::Sender::new(WorkerState::Ready),
             breaks: watch::Sender::default(),
             epoch: Mutex::new(1),
+            elsewhere: AtomicU32::new(0),
         });
         let mut builder = runtime::Builder::new_multi_thread();
         let runtime = builder.worker_threads(1).enable_all().build().unwrap();
@@ -184,6 +158,11 @@ impl Mock {
         self.shared.state.send_replace(state);
     }
 
+    /// Lets other routers run so many sequences here.
+    pub(crate) fn set_elsewhere(&self, sequences: u32) {
+        self.shared.elsewhere.store(sequences, Ordering::Relaxed);
+    }
+
     /// Breaks every session, as a crash does; the next one finds a new epoch.
     pub(crate) fn crash(&self) {
         *self.shared.epoch.lock().unwrap() += 1;
@@ -197,6 +176,12 @@ impl Mock {
                 return *submit;
             }
         }
+    }
+
+    /// Submissions so far that the test has not taken.
+    pub(crate) fn untaken(&mut self) -> usize {
+        let seen = std::iter::from_fn(|| self.seen.try_recv().ok());
+        seen.filter(|seen| matches!(seen, Seen::Submit(_))).count()
     }
 
     /// The next cancellation.
@@ -232,7 +217,7 @@ impl Worker for Service {
             architecture: "mock".into(),
             quantization: "none".into(),
             context_length: CONTEXT,
-            vocab_size: VOCAB,
+            vocab_size: bundle().tokens.len() as u32,
             tokenizer_sha256: Sha256::digest(bundle().encode_to_vec()).to_vec(),
             numerics_id: b"mock".to_vec(),
             epoch: *self.0.epoch.lock().unwrap(),
@@ -258,7 +243,10 @@ impl Worker for Service {
         request: Request<Streaming<RouterFrame>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
         let (down, frames) = mpsc::channel(16);
+        // From here on it misses nothing, whenever its task runs.
         let session = Session {
+            breaks: self.0.breaks.subscribe(),
+            state: self.0.state.subscribe(),
             shared: self.0.clone(),
             sequences: BTreeMap::new(),
             step: 0,
@@ -289,6 +277,8 @@ struct Running {
 
 struct Session {
     shared: Arc<Shared>,
+    breaks: watch::Receiver<u64>,
+    state: watch::Receiver<WorkerState>,
     sequences: BTreeMap<u64, Running>,
     step: u64,
     down: mpsc::Sender<Result<WorkerFrame, Status>>,
@@ -303,13 +293,11 @@ impl Drop for Session {
 
 impl Session {
     async fn run(mut self, mut up: Streaming<RouterFrame>) {
-        let mut breaks = self.shared.breaks.subscribe();
-        let mut state = self.shared.state.subscribe();
         let shared = self.shared.clone();
         loop {
             tokio::select! {
                 biased;
-                _ = breaks.changed() => {
+                _ = self.breaks.changed() => {
                     self.down.send(Err(Status::unavailable("crash"))).await.ok();
                     return;
                 }
@@ -317,8 +305,8 @@ impl Session {
                     Ok(Some(frame)) => self.take(frame).await,
                     _ => return,
                 },
-                _ = state.changed() => {
-                    let state = *state.borrow_and_update() as i32;
+                _ = self.state.changed() => {
+                    let state = *self.state.borrow_and_update() as i32;
                     self.send(Down::State(StateChange { state })).await;
                 }
                 permit = shared.gate.acquire(), if !self.sequences.is_empty() => {
@@ -340,6 +328,16 @@ impl Session {
             .send(Ok(WorkerFrame { frame: Some(frame) }))
             .await
             .ok();
+    }
+
+    fn load(&self) -> Load {
+        let elsewhere = self.shared.elsewhere.load(Ordering::Relaxed);
+        Load {
+            prefill_tps: 1000.0,
+            decode_tps: 100.0,
+            running: self.sequences.len() as u32 + elsewhere,
+            ..Load::default()
+        }
     }
 
     async fn take(&mut self, frame: RouterFrame) {
@@ -373,16 +371,22 @@ impl Session {
                 self.shared.live.send_modify(|live| *live += 1);
             }
             Up::Cancel(cancel) => {
-                if self.sequences.remove(&cancel.sequence).is_some() {
+                if let Some(running) = self.sequences.remove(&cancel.sequence) {
                     self.shared.live.send_modify(|live| *live -= 1);
+                    self.send(Down::Step(StepOutput {
+                        step: self.step,
+                        sequences: vec![running.cancelled()],
+                        load: Some(self.load()),
+                    }))
+                    .await;
                 }
                 self.shared.seen.send(Seen::Cancel(cancel)).ok();
             }
             Up::Ping(ping) => {
                 self.send(Down::Pong(Pong {
-                    load: None,
                     nonce: ping.nonce,
                     step: self.step,
+                    load: Some(self.load()),
                 }))
                 .await;
             }
@@ -419,23 +423,35 @@ impl Session {
                 self.shared.live.send_modify(|live| *live -= 1);
             }
         }
-        let load = Load {
-            prefill_tps: 1000.0,
-            decode_tps: 100.0,
-            running: self.sequences.len() as u32,
-            ..Load::default()
-        };
         self.send(Down::Step(StepOutput {
             step: self.step,
             sequences: outputs,
-            load: Some(load),
+            load: Some(self.load()),
         }))
         .await;
         true
     }
 }
 
+const USAGE: SequenceUsage = SequenceUsage {
+    cached_tokens: 2,
+    queue_us: 0,
+    prefill_us: 0,
+    preemptions: 0,
+};
+
 impl Running {
+    fn cancelled(&self) -> SequenceOutput {
+        SequenceOutput {
+            sequence: self.submit.sequence,
+            attempt: self.submit.attempt,
+            output_offset: self.done as u32,
+            finish: Finish::Cancelled as i32,
+            usage: Some(USAGE),
+            ..SequenceOutput::default()
+        }
+    }
+
     fn advance(&mut self, script: &Script) -> SequenceOutput {
         let stopping = self.submit.stopping.clone().unwrap();
         let scoring = self.submit.scoring.unwrap();
@@ -483,10 +499,7 @@ impl Running {
             logprobs,
             prompt_logprobs,
             finish: finish as i32,
-            usage: (finish != Finish::Unspecified).then_some(SequenceUsage {
-                cached_tokens: 2,
-                ..SequenceUsage::default()
-            }),
+            usage: (finish != Finish::Unspecified).then_some(USAGE),
         };
         // Said before the break that lost it.
         if script.repeat && first && !self.submit.resume.is_empty() {

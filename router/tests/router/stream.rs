@@ -83,13 +83,22 @@ async fn stop_strings_are_found_across_chunks_and_never_shown() {
 async fn a_stop_string_cancels_at_once() {
     let mut mock = Mock::gated(Script::answer("a STOP b")).await;
     let router = Router::ready(&[&mock]).await;
-    let stream = router.stream(json!({"stop": "STOP"}));
+    let fields = json!({"stop": "STOP", "stream_options": {"include_usage": true}});
+    let stream = router.stream(fields);
     let begin = async {
         mock.live(1).await;
         mock.step(6);
     };
     let (events, ()) = tokio::join!(stream, begin);
-    assert_eq!(joined(&events.rest().await, 0), "a ");
+    let chunks = events.rest().await;
+    assert_eq!(joined(&chunks, 0), "a ");
+    assert_eq!(
+        chunks.last().unwrap()["usage"],
+        json!({
+            "prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        })
+    );
     mock.cancelled().await;
     mock.live(0).await;
 }
