@@ -58,3 +58,30 @@ fn nothing_changes_a_bit() {
         assert!(logits == alone[0], "{isa:?}");
     }
 }
+/// Long contexts are shared out among threads.
+#[test]
+fn nothing_changes_a_bit_of_a_long_context() {
+    let gguf = demo_gguf();
+    let tokens: Vec<TokenId> = (0..600).map(|t| 61 * t % 40_000 + 5).collect();
+    let run = |threads, chunk, beside| {
+        let mut backend = cpu_as(&gguf, Isa::detect(), threads);
+        let vocab = backend.spec().vocab;
+        let mut sequence = Sequence::new((20..60).rev().collect());
+        let mut logits = Vec::new();
+        for part in tokens.chunks(chunk) {
+            let mut step = Step::default();
+            step.push(&mut sequence, part, Role::Prompt);
+            for page in 0..beside {
+                step.push(&mut Sequence::new(vec![page]), &[5, 6], Role::Output);
+            }
+            logits.extend_from_slice(&step.run(&mut backend).unwrap()[..part.len() * vocab]);
+        }
+        // A single row has the threads to itself.
+        logits.extend(append(&mut backend, &mut sequence, &[7], Role::Output).unwrap());
+        logits
+    };
+    let alone = run(2, 256, 0);
+    assert!(run(1, 256, 0) == alone, "threads");
+    assert!(run(2, 97, 9) == alone, "chunks");
+    assert!(run(3, 31, 1) == alone, "more threads than processors");
+}
