@@ -180,9 +180,13 @@ impl Backend for CpuBackend {
 
     fn step(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
         let rows = batch.tokens.len();
-        let max = self.options.max_rows;
-        if rows > max {
-            return Err(BackendError::BatchTooLarge { rows, max });
+        for (rows, max) in [
+            (rows, self.options.max_rows),
+            (batch.logit_rows.len(), self.options.max_logit_rows),
+        ] {
+            if rows > max {
+                return Err(BackendError::BatchTooLarge { rows, max });
+            }
         }
         self.plan.set(batch.segments.iter().map(|segment| Run {
             row: segment.rows.start as usize,

@@ -146,7 +146,7 @@ fn decoding_goes_on_beside_a_long_prompt() {
     rig.submit(request(2, vec![2; 400], 1)).unwrap();
     let before = rig.of(1).tokens.len();
     let mut steps = 0;
-    while rig.collected.get(&key(2)).is_none() {
+    while !rig.collected.contains_key(&key(2)) {
         rig.step();
         steps += 1;
     }

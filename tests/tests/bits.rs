@@ -1,0 +1,87 @@
+//! The CPU backend on the demo model: the batch, its order, the chunks, the pages, the threads
+//! and the instruction set change no bit of the logits.
+
+use shoal_core::{Role, TokenId};
+use shoal_engine::backend::Backend;
+use shoal_kernels::Isa;
+use shoal_tests::backends::{cpu, cpu_as, demo_gguf};
+use shoal_tests::drive::{Sequence, Step, append};
+
+/// Sequences of 12, 45 and 78 tokens.
+fn sequences() -> [Vec<TokenId>; 3] {
+    [0u32, 1, 2].map(|i| (0..12 + 33 * i).map(|t| 1000 * i + 61 * t + 5).collect())
+}
+
+#[test]
+fn nothing_changes_a_bit() {
+    let gguf = demo_gguf();
+    let mut backend = cpu(&gguf);
+    let alone = sequences().map(|tokens| {
+        let mut sequence = Sequence::new((0..8).collect());
+        append(&mut backend, &mut sequence, &tokens, Role::Prompt).unwrap()
+    });
+
+    // In one batch, on other pages, the last first.
+    let mut step = Step::default();
+    for (i, tokens) in (0..3).zip(sequences()).rev() {
+        let mut sequence = Sequence::new((0..8).map(|page| 8 * i + 7 - page).collect());
+        step.push(&mut sequence, &tokens, Role::Prompt);
+    }
+    let together = step.run(&mut backend).unwrap();
+    assert!(together == alone.iter().rev().flatten().copied().collect::<Vec<_>>());
+
+    // In chunks beside another sequence, on one thread.
+    let vocab = backend.spec().vocab;
+    let mut backend = cpu_as(&gguf, Isa::detect(), 1);
+    for (chunk, tokens, expected) in sequences()
+        .iter()
+        .zip(&alone)
+        .flat_map(|(tokens, expected)| [1, 7, 32].map(|chunk| (chunk, tokens, expected)))
+    {
+        let mut sequence = Sequence::scattered(&backend);
+        let mut expected = &expected[..];
+        for part in tokens.chunks(chunk) {
+            let mut step = Step::default();
+            step.push(&mut Sequence::new(vec![64]), &[5, 6], Role::Output);
+            step.push(&mut sequence, part, Role::Prompt);
+            let logits = step.run(&mut backend).unwrap();
+            let (these, rest) = expected.split_at(part.len() * vocab);
+            assert!(logits[2 * vocab..] == *these, "chunks of {chunk}");
+            expected = rest;
+        }
+    }
+
+    for isa in Isa::available() {
+        let mut backend = cpu_as(&gguf, isa, 2);
+        let mut sequence = Sequence::scattered(&backend);
+        let logits = append(&mut backend, &mut sequence, &sequences()[0], Role::Prompt).unwrap();
+        assert!(logits == alone[0], "{isa:?}");
+    }
+}
+/// Long contexts are shared out among threads.
+#[test]
+fn nothing_changes_a_bit_of_a_long_context() {
+    let gguf = demo_gguf();
+    let tokens: Vec<TokenId> = (0..600).map(|t| 61 * t % 40_000 + 5).collect();
+    let run = |threads, chunk, beside| {
+        let mut backend = cpu_as(&gguf, Isa::detect(), threads);
+        let vocab = backend.spec().vocab;
+        let mut sequence = Sequence::new((20..60).rev().collect());
+        let mut logits = Vec::new();
+        for part in tokens.chunks(chunk) {
+            let mut step = Step::default();
+            step.push(&mut sequence, part, Role::Prompt);
+            for page in 0..beside {
+                step.push(&mut Sequence::new(vec![page]), &[5, 6], Role::Output);
+            }
+            logits.extend_from_slice(&step.run(&mut backend).unwrap()[..part.len() * vocab]);
+        }
+        // A single row has the threads to itself.
+        logits.extend(append(&mut backend, &mut sequence, &[7], Role::Output).unwrap());
+        logits
+    };
+    let alone = run(2, 256, 0);
+    assert!(run(1, 256, 0) == alone, "threads");
+    assert!(run(2, 97, 9) == alone, "chunks");
+    assert!(run(3, 31, 1) == alone, "more threads than processors");
+}
