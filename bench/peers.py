@@ -25,7 +25,7 @@ import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LLAMA = "llama-cpp-python==0.3.36"
-POINTS = {1: 8, 8: 32, 32: 64}  # streams: requests of a run
+POINTS = {1: 4, 8: 24, 32: 32}  # streams: requests of a run
 TOKENS = 128
 BEGIN, END = "<!-- serving -->", "<!-- /serving -->"
 
