@@ -27,12 +27,16 @@ use shoal_kernels::arena::Arena;
 use shoal_kernels::pool::Pool;
 
 const BATCHES: [usize; 5] = [1, 4, 8, 16, 32];
-const CONTEXTS: [usize; 4] = [64, 256, 1024, 2048];
-const PREFILLS: [usize; 3] = [128, 512, 2048];
+const CONTEXTS: [usize; 3] = [64, 256, 1024];
+const PREFILLS: [usize; 3] = [128, 512, LONGEST];
+/// The longest context, of one sequence.
+const LONGEST: usize = 2048;
 /// Rows of a step that prefills.
 const CHUNK: usize = 512;
-/// Tokens that a sequence has room for.
-const LONGEST: usize = 2048 + PAGE_TOKENS;
+/// Most sequences of a step.
+const SEQUENCES: usize = 32;
+/// Pages of each of them: for the greatest of `CONTEXTS`.
+const PAGES: usize = 1024 / PAGE_TOKENS;
 /// How long each case is repeated.
 const PATIENCE: Duration = Duration::from_millis(1500);
 
@@ -61,9 +65,15 @@ fn core_clock() -> f64 {
 }
 
 impl Bench {
-    /// One step of `sequences` with `positions` each; the last row of each wants logits.
-    fn step(&mut self, sequences: usize, positions: Range<usize>) -> Result<f64, BackendError> {
-        let (rows, pages) = (positions.len(), LONGEST / PAGE_TOKENS);
+    /// One step of sequences that have `pages` in equal shares, with `positions` each; the
+    /// last row of each wants logits.
+    fn step(
+        &mut self,
+        sequences: usize,
+        pages: Range<usize>,
+        positions: Range<usize>,
+    ) -> Result<f64, BackendError> {
+        let (rows, share) = (positions.len(), pages.len() / sequences);
         let of_all = |each: &dyn Fn(usize, usize) -> u32| -> Vec<u32> {
             (0..sequences)
                 .flat_map(|s| positions.clone().map(move |p| (s, p)))
@@ -72,11 +82,11 @@ impl Bench {
         };
         let tokens = of_all(&|s, p| (s * 331 + p * 7919) as u32 % 40_000);
         let all_positions = of_all(&|_, p| p as u32);
-        let page_table: Vec<u32> = (0..(sequences * pages) as u32).collect();
+        let page_table: Vec<u32> = pages.map(|page| page as u32).collect();
         let segments: Vec<Segment> = (0..sequences)
             .map(|s| Segment {
                 rows: (s * rows) as u32..((s + 1) * rows) as u32,
-                pages: (s * pages) as u32..((s + 1) * pages) as u32,
+                pages: (s * share) as u32..((s + 1) * share) as u32,
                 role: Role::Output,
             })
             .collect();
@@ -99,21 +109,24 @@ impl Bench {
     /// The least seconds of a prefill in chunks, alone.
     fn prefill(&mut self, tokens: usize) -> Result<f64, BackendError> {
         let chunks = (0..tokens).step_by(CHUNK);
+        let pages = 0..tokens.div_ceil(PAGE_TOKENS);
         let mut least = vec![f64::INFINITY; chunks.len()];
         let started = Instant::now();
         while started.elapsed() < PATIENCE {
             for (least, first) in least.iter_mut().zip(chunks.clone()) {
-                *least = least.min(self.step(1, first..tokens.min(first + CHUNK))?);
+                *least =
+                    least.min(self.step(1, pages.clone(), first..tokens.min(first + CHUNK))?);
             }
         }
         Ok(least.iter().sum())
     }
 
     fn decode(&mut self, sequences: usize, context: usize) -> Result<f64, BackendError> {
+        let pages = 0..sequences * PAGES.max(context.div_ceil(PAGE_TOKENS));
         let mut least = f64::INFINITY;
         let started = Instant::now();
         while started.elapsed() < PATIENCE {
-            least = least.min(self.step(sequences, context - 1..context)?);
+            least = least.min(self.step(sequences, pages.clone(), context - 1..context)?);
         }
         Ok(least)
     }
@@ -138,9 +151,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let options = CpuOptions {
         isa: Isa::detect(),
         threads,
-        pages: (32 * LONGEST / PAGE_TOKENS) as u32,
+        pages: (SEQUENCES * PAGES) as u32,
         max_rows: CHUNK,
-        max_logit_rows: 32,
+        max_logit_rows: SEQUENCES,
     };
     let mut backend = None;
     let seconds = best(5, || {
@@ -196,9 +209,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
 
     let mut bench = Bench {
-        logits: vec![0.0; 32 * spec.vocab],
+        logits: vec![0.0; SEQUENCES * spec.vocab],
         backend,
         seconds: if threads == 1 { core_clock } else { wall_clock },
+    };
+    let decode_report = |bench: &mut Bench, batch: usize, context| -> Result<(), BackendError> {
+        let seconds = bench.decode(batch, context)?;
+        let name = format!("decode {batch:>2} x {context}");
+        report(name, batch, batch, batch * context, 1, seconds);
+        Ok(())
     };
     for tokens in PREFILLS {
         let seconds = bench.prefill(tokens)?;
@@ -212,21 +231,14 @@ fn main() -> Result<(), Box<dyn Error>> {
             seconds,
         );
     }
-    // Every sequence has keys and values of its own in memory.
-    for first in (0..LONGEST).step_by(CHUNK / 32) {
-        bench.step(32, first..LONGEST.min(first + CHUNK / 32))?;
+    decode_report(&mut bench, 1, LONGEST)?;
+    // Memory that was never written is one page of zeros, which no cache has to fetch.
+    for first in (0..SEQUENCES * PAGES).step_by(SEQUENCES) {
+        bench.step(SEQUENCES, first..first + SEQUENCES, 0..1)?;
     }
     for context in CONTEXTS {
         for batch in BATCHES {
-            let seconds = bench.decode(batch, context)?;
-            report(
-                format!("decode {batch:>2} x {context}"),
-                batch,
-                batch,
-                batch * context,
-                1,
-                seconds,
-            );
+            decode_report(&mut bench, batch, context)?;
         }
     }
     Ok(())
