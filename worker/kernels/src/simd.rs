@@ -18,6 +18,9 @@ pub(crate) const LANES: usize = 16;
 /// Every method needs the instruction set of the implementation. Pointers are unaligned and
 /// must be valid for the sixteen elements they stand for.
 pub(crate) trait Lanes: Copy {
+    /// Asks for a line of memory that will be read soon; it need not exist.
+    #[inline(always)]
+    fn prefetch(_line: *const u8) {}
     unsafe fn splat(x: f32) -> Self;
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn store(self, p: *mut f32);
@@ -187,6 +190,10 @@ mod x86 {
     // pointers where there are any.
     impl Lanes for Avx512 {
         #[inline(always)]
+        fn prefetch(line: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
+        }
+        #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             Self(unsafe { _mm512_set1_ps(x) })
         }
@@ -308,6 +315,10 @@ mod x86 {
     }
 
     impl Lanes for Avx2 {
+        #[inline(always)]
+        fn prefetch(line: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
+        }
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             let v = unsafe { _mm256_set1_ps(x) };

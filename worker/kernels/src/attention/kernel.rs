@@ -122,8 +122,9 @@ unsafe fn span<L: Lanes>(
 ) -> [Softmax; MAX_QUERIES] {
     let (n, hd, start) = (queries.len(), queries[0].q.len(), index * SPAN);
     let last = longest(queries).div_ceil(PAGE);
-    let pages: [*const u32; SPAN / PAGE] =
-        std::array::from_fn(|i| pages.page((start / PAGE + i).min(last - 1), hd));
+    let page = |i: usize| pages.page((start / PAGE + i).min(last - 1), hd);
+    let pages: [*const u32; SPAN / PAGE] = std::array::from_fn(page);
+    let next: [*const u32; SPAN / PAGE] = std::array::from_fn(|i| page(SPAN / PAGE + i));
     let mut lens = [0usize; MAX_QUERIES];
     for (len, query) in lens.iter_mut().zip(queries) {
         *len = query.len.saturating_sub(start).min(SPAN);
@@ -153,10 +154,10 @@ unsafe fn span<L: Lanes>(
                 row(&mut scratch.span, i, hd),
             );
             match n - i {
-                1 => weighted::<L, 1>(p, &pages, lens, hd, o),
-                2 => weighted::<L, 2>(p, &pages, lens, hd, o),
-                3 => weighted::<L, 3>(p, &pages, lens, hd, o),
-                _ => weighted::<L, ROWS>(p, &pages, lens, hd, o),
+                1 => weighted::<L, 1>(p, (&pages, &next), lens, hd, o),
+                2 => weighted::<L, 2>(p, (&pages, &next), lens, hd, o),
+                3 => weighted::<L, 3>(p, (&pages, &next), lens, hd, o),
+                _ => weighted::<L, ROWS>(p, (&pages, &next), lens, hd, o),
             }
         }
     }
@@ -169,7 +170,8 @@ fn row(matrix: &mut [f32], i: usize, width: usize) -> *mut f32 {
     matrix[i * width..].as_mut_ptr()
 }
 
-/// `out[r][t] = q[r] · k[t]`, summed over the dims in ascending order.
+/// `out[r][t] = q[r] · k[t]`, summed over the dims in ascending order, for whole pages. Each
+/// line of keys asks for the line of values at its place.
 #[inline(always)]
 unsafe fn scores<L: Lanes, const R: usize>(
     queries: &[Query<'_>],
@@ -178,24 +180,34 @@ unsafe fn scores<L: Lanes, const R: usize>(
     hd: usize,
     out: *mut f32,
 ) {
+    const TILES: usize = PAGE / LANES;
     let len = lens[..R].iter().copied().max().unwrap_or(0);
-    let q: [*const f32; R] = std::array::from_fn(|r| queries[r].q.as_ptr());
+    let mut q = [std::ptr::null(); R];
+    for (q, query) in q.iter_mut().zip(queries) {
+        *q = query.q.as_ptr();
+    }
+    let tile = hd / 2 * LANES;
     // SAFETY: `queries[r].q` has `hd` elements, a page `PAGE * hd` words, `out` R·SPAN.
     unsafe {
-        for tile in 0..len.div_ceil(LANES) {
-            let keys = pages[tile / 2].add(tile % 2 * (hd / 2 * LANES));
-            let mut acc = [L::splat(0.0); R];
+        for (page, &keys) in pages[..len.div_ceil(PAGE)].iter().enumerate() {
+            let mut acc = [[L::splat(0.0); R]; TILES];
             for d in 0..hd / 2 {
-                let (even, odd) = L::bf16_pairs(keys.add(d * LANES));
-                for r in 0..R {
-                    acc[r] = even.fma(L::splat(*q[r].add(2 * d)), acc[r]);
-                }
-                for r in 0..R {
-                    acc[r] = odd.fma(L::splat(*q[r].add(2 * d + 1)), acc[r]);
+                for (t, acc) in acc.iter_mut().enumerate() {
+                    let line = keys.add(t * tile + d * LANES);
+                    L::prefetch(line.add(TILES * tile).cast());
+                    let (even, odd) = L::bf16_pairs(line);
+                    for r in 0..R {
+                        acc[r] = even.fma(L::splat(*q[r].add(2 * d)), acc[r]);
+                    }
+                    for r in 0..R {
+                        acc[r] = odd.fma(L::splat(*q[r].add(2 * d + 1)), acc[r]);
+                    }
                 }
             }
-            for r in 0..R {
-                acc[r].store(out.add(r * SPAN + tile * LANES));
+            for (t, acc) in acc.iter().enumerate() {
+                for r in 0..R {
+                    acc[r].store(out.add(r * SPAN + page * PAGE + t * LANES));
+                }
             }
         }
     }
@@ -223,11 +235,12 @@ unsafe fn softmax<L: Lanes>(scores: *mut f32, len: usize) -> Softmax {
 }
 
 /// `out[r] = Σ p[r][t] v[t]` over the tokens in ascending order. Tokens beyond a row's own
-/// length have weight zero and leave its sum as it is.
+/// length have weight zero and leave its sum as it is. Each line of values asks for the line of
+/// the next span's keys at its place.
 #[inline(always)]
 unsafe fn weighted<L: Lanes, const R: usize>(
     p: *const f32,
-    pages: &[*const u32; SPAN / PAGE],
+    pages: (&[*const u32; SPAN / PAGE], &[*const u32; SPAN / PAGE]),
     lens: &[usize],
     hd: usize,
     out: *mut f32,
@@ -250,7 +263,7 @@ unsafe fn weighted<L: Lanes, const R: usize>(
 #[inline(always)]
 unsafe fn weighted_part<L: Lanes, const R: usize, const C: usize>(
     p: *const f32,
-    pages: &[*const u32; SPAN / PAGE],
+    (pages, next): (&[*const u32; SPAN / PAGE], &[*const u32; SPAN / PAGE]),
     len: usize,
     hd: usize,
     d: usize,
@@ -262,7 +275,9 @@ unsafe fn weighted_part<L: Lanes, const R: usize, const C: usize>(
         for pair in 0..len.div_ceil(2) {
             let (page, inner) = (pair / (PAGE / 2), pair % (PAGE / 2));
             let values = pages[page].add(PAGE / 2 * hd + inner * hd + d);
+            let later = next[page].add(inner * hd + d);
             for c in 0..C {
+                L::prefetch(later.add(c * LANES).cast());
                 let (first, second) = L::bf16_pairs(values.add(c * LANES));
                 for r in 0..R {
                     let weight = p.add(r * SPAN + 2 * pair);

@@ -27,9 +27,6 @@ pub(super) trait Dot: Lanes {
     /// The quants of a tile, ready for [`dot`](Self::dot).
     type Quants: Copy;
 
-    /// Asks for a line of memory that will be read soon; it need not exist.
-    #[inline(always)]
-    fn prefetch(_line: *const u8) {}
     /// Sixteen f16.
     unsafe fn f16(p: *const u8) -> Self;
     /// Sixteen bf16.

@@ -23,11 +23,6 @@ impl Dot for Avx512 {
     type Quants = [__m512i; 8];
 
     #[inline(always)]
-    fn prefetch(line: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
-    }
-
-    #[inline(always)]
     unsafe fn f16(p: *const u8) -> Self {
         unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))) }
     }
@@ -82,11 +77,6 @@ impl Dot for Avx2 {
     /// Plane 0 holds the low four bits, plane 1 the high ones of 8-bit quants; in it, half h of
     /// group g the columns 4g..4g+4 of the rows 8h..8h+8.
     type Quants = [[[__m256i; 2]; 8]; 2];
-
-    #[inline(always)]
-    fn prefetch(line: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) };
-    }
 
     #[inline(always)]
     unsafe fn f16(p: *const u8) -> Self {
