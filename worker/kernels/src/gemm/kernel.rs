@@ -20,9 +20,7 @@ macro_rules! by_rows {
                         const $M: usize = $m;
                         let sums: [$L; $M] = $sums;
                         for (i, sums) in sums.into_iter().enumerate() {
-                            let mut out = [0.0; STRIP];
-                            sums.store(out.as_mut_ptr());
-                            $task.put($row + i, $strip, &out);
+                            $task.put($row + i, $strip, sums);
                         }
                     }};
                 }

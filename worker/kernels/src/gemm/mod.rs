@@ -23,7 +23,7 @@ use crate::Isa;
 use crate::pack::{Format, Layout, STRIP};
 use crate::pool::Scatter;
 use crate::quant::Activations;
-use crate::simd::dispatch;
+use crate::simd::{Lanes, dispatch};
 use crate::team::Team;
 
 /// Rows of activations that stay in the second-level cache while the strips pass.
@@ -224,20 +224,28 @@ impl Task<'_> {
     /// # Safety
     /// As [`Linear::columns`].
     #[inline(always)]
-    unsafe fn put(&self, row: usize, strip: usize, sums: &[f32; STRIP]) {
+    unsafe fn put<L: Lanes>(&self, row: usize, strip: usize, sums: L) {
         let count = STRIP.min(self.layout.n() - strip * STRIP);
-        let Outputs {
-            start,
-            stride,
-            write,
-        } = self.out;
-        let at = (row - self.rows.start) * stride + (strip - self.strips.start) * STRIP;
+        let at = (row - self.rows.start) * self.out.stride + (strip - self.strips.start) * STRIP;
+        let out = self.out.start.wrapping_add(at);
         // SAFETY: the caller excludes other threads and vouches for the room.
-        let out = unsafe { std::slice::from_raw_parts_mut(start.add(at), count) };
-        match (write, out.first_chunk_mut::<STRIP>()) {
-            (Write::Set, Some(out)) => *out = *sums,
-            (Write::Set, None) => out.copy_from_slice(&sums[..count]),
-            (Write::Add, _) => out.iter_mut().zip(sums).for_each(|(o, s)| *o += s),
+        unsafe {
+            if count == STRIP {
+                match self.out.write {
+                    Write::Set => sums.store(out),
+                    Write::Add => L::load(out).add(sums).store(out),
+                }
+                return;
+            }
+            let mut lanes = [0.0; STRIP];
+            sums.store(lanes.as_mut_ptr());
+            let out = std::slice::from_raw_parts_mut(out, count);
+            for (out, sum) in out.iter_mut().zip(lanes) {
+                match self.out.write {
+                    Write::Set => *out = sum,
+                    Write::Add => *out += sum,
+                }
+            }
         }
     }
 }
