@@ -3,63 +3,42 @@
 //! One thread drives: it calls [`Pool::phase`] again and again, and works on each phase
 //! itself. Between the phases of a step the pool's threads spin, so a phase costs two cache
 //! line transfers; after 50 µs without one they sleep on a futex, because on a small machine
-//! the network threads need the cores too. Items are shared out dynamically: a thread that
-//! the system takes away delays its current item only.
+//! the network threads need the cores too. Items are shared out dynamically and a phase waits
+//! for its items, not for its threads: one that the system lets not run takes no part, and one
+//! that it takes away delays its current item only.
 
+use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long a thread without work spins before it sleeps.
 const SPIN: Duration = Duration::from_micros(50);
 
-/// Keeps counters that different threads write on different cache lines (two, for the
+/// Keeps words that different threads write on different cache lines (two, for the
 /// adjacent-line prefetcher).
 #[repr(align(128))]
 #[derive(Default)]
 struct Line<T>(T);
 
-/// What a phase runs, with its lifetime erased.
-#[derive(Clone, Copy)]
-struct Job {
-    /// Takes the number of the thread and the item.
-    item: *const (dyn Fn(usize, usize) + Sync),
-    items: usize,
+/// A number to wait for.
+#[derive(Default)]
+struct Signal {
+    word: AtomicU32,
+    /// Somebody sleeps on the word.
+    sleeping: AtomicBool,
 }
 
-fn nothing(_: usize, _: usize) {}
-
-struct Shared {
-    /// Written by the driver before `round` rises, read by the threads after.
-    job: UnsafeCell<Job>,
-    /// Rises by one with every phase.
-    round: Line<AtomicU32>,
-    /// Threads that have finished the current phase.
-    finished: Line<AtomicU32>,
-    /// The next item of the current phase.
-    next: Line<AtomicUsize>,
-    /// Threads asleep on `round` or `finished`.
-    sleeping: Line<AtomicU32>,
-    panicked: AtomicBool,
-    stop: AtomicBool,
-}
-
-// SAFETY: `job` is written only while no thread is between the rise of `round` and its
-// arrival in `finished`; everything else is atomic. The pointee of the job is `Sync`.
-unsafe impl Sync for Shared {}
-// SAFETY: as above.
-unsafe impl Send for Shared {}
-
-impl Shared {
-    /// Waits until `done` holds for `word`: spins, then sleeps.
-    fn wait(&self, word: &AtomicU32, done: impl Fn(u32) -> bool) {
+impl Signal {
+    /// Waits until `done` holds for the number: spins, then sleeps.
+    fn wait(&self, done: impl Fn(u32) -> bool) {
         let mut started = None;
         loop {
             for _ in 0..64 {
-                if done(word.load(Ordering::Acquire)) {
+                if done(self.word.load(Ordering::Acquire)) {
                     return;
                 }
                 std::hint::spin_loop();
@@ -68,52 +47,106 @@ impl Shared {
                 break;
             }
         }
-        self.sleeping.0.fetch_add(1, Ordering::SeqCst);
         loop {
-            let seen = word.load(Ordering::SeqCst);
+            self.sleeping.store(true, Ordering::SeqCst);
+            let seen = self.word.load(Ordering::SeqCst);
             if done(seen) {
-                break;
-            }
-            atomic_wait::wait(word, seen);
-        }
-        self.sleeping.0.fetch_sub(1, Ordering::SeqCst);
-    }
-
-    /// Raises `word` and wakes whoever sleeps on it.
-    fn raise(&self, word: &AtomicU32) {
-        word.fetch_add(1, Ordering::SeqCst);
-        if self.sleeping.0.load(Ordering::SeqCst) > 0 {
-            atomic_wait::wake_all(word);
-        }
-    }
-
-    /// Runs items of the current phase until none is left.
-    fn work(&self, thread: usize, job: Job) {
-        // SAFETY: the driver keeps the closure alive until every thread has finished.
-        let item = unsafe { &*job.item };
-        loop {
-            let i = self.next.0.fetch_add(1, Ordering::Relaxed);
-            if i >= job.items {
                 return;
             }
-            item(thread, i);
+            atomic_wait::wait(&self.word, seen);
         }
+    }
+
+    /// Adds to the number and wakes whoever sleeps on it.
+    fn raise(&self, by: u32) {
+        self.word.fetch_add(by, Ordering::SeqCst);
+        if self.sleeping.load(Ordering::SeqCst) && self.sleeping.swap(false, Ordering::SeqCst) {
+            atomic_wait::wake_all(&self.word);
+        }
+    }
+}
+
+/// What a phase runs, with its lifetime erased.
+#[derive(Clone, Copy)]
+struct Job {
+    /// Takes the number of the thread and the item.
+    item: *const (dyn Fn(usize, usize) + Sync),
+    items: u32,
+}
+
+fn nothing(_: usize, _: usize) {}
+
+struct Shared {
+    /// Written by the driver between phases; read by who has an item of the current one.
+    job: UnsafeCell<Job>,
+    /// The number of the current phase, and how many of its items nobody has yet.
+    open: Line<AtomicU64>,
+    /// Rises by one with every phase.
+    round: Line<Signal>,
+    /// Items of the current phase that have ended.
+    ended: Line<Signal>,
+    panicked: AtomicBool,
+    stop: AtomicBool,
+}
+
+// SAFETY: `job` is read only by a thread that has taken an item and not yet counted it as
+// ended, and written only while there is none; everything else is atomic. The pointee of the
+// job is `Sync`.
+unsafe impl Sync for Shared {}
+// SAFETY: as above.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    /// Takes an item of the current phase; how many were left, that one included.
+    fn take(&self) -> Option<u32> {
+        let open = &self.open.0;
+        let mut seen = open.load(Ordering::Acquire);
+        loop {
+            let left = seen as u32;
+            if left == 0 {
+                return None;
+            }
+            // The number of the phase in the upper half makes this fail if it is another.
+            match open.compare_exchange_weak(seen, seen - 1, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(left),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    /// Runs items of the current phase until none is left; what the last panic said.
+    fn work(&self, thread: usize) -> Option<Box<dyn Any + Send>> {
+        let (mut panic, mut count) = (None, 0);
+        while let Some(left) = self.take() {
+            // SAFETY: this thread has an item, so the driver leaves the job and its closure.
+            let (item, items) = unsafe {
+                let job = *self.job.get();
+                (&*job.item, job.items)
+            };
+            let run = AssertUnwindSafe(|| item(thread, (items - left) as usize));
+            if let Err(cause) = catch_unwind(run) {
+                panic = Some(cause);
+            }
+            count += 1;
+        }
+        if panic.is_some() {
+            self.panicked.store(true, Ordering::Release);
+        }
+        if count > 0 {
+            self.ended.0.raise(count);
+        }
+        panic
     }
 
     fn serve(&self, thread: usize) {
         let mut seen = 0;
         loop {
-            self.wait(&self.round.0, |round| round != seen);
-            seen = seen.wrapping_add(1);
+            self.round.0.wait(|round| round != seen);
+            seen = self.round.0.word.load(Ordering::Acquire);
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
-            // SAFETY: the driver wrote it before `round` rose and leaves it until we finish.
-            let job = unsafe { *self.job.get() };
-            if catch_unwind(AssertUnwindSafe(|| self.work(thread, job))).is_err() {
-                self.panicked.store(true, Ordering::Release);
-            }
-            self.raise(&self.finished.0);
+            self.work(thread);
         }
     }
 }
@@ -133,10 +166,9 @@ impl Pool {
                 item: &nothing,
                 items: 0,
             }),
+            open: Line::default(),
             round: Line::default(),
-            finished: Line::default(),
-            next: Line::default(),
-            sleeping: Line::default(),
+            ended: Line::default(),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
@@ -163,7 +195,7 @@ impl Pool {
     /// all have run; what they wrote is visible to the caller.
     ///
     /// # Panics
-    /// When an item panics, after the others have ended.
+    /// When an item panics, after the others have ended, or when there are more than 2³² - 1.
     pub fn phase(&mut self, items: usize, item: impl Fn(usize) + Sync) {
         self.run(items, |_, i| item(i));
     }
@@ -189,38 +221,37 @@ impl Pool {
     }
 
     fn run(&mut self, items: usize, item: impl Fn(usize, usize) + Sync) {
-        let shared = &*self.shared;
-        let others = self.threads.len() as u32;
-        if others == 0 || items <= 1 {
+        if self.threads.is_empty() || items <= 1 {
             (0..items).for_each(|i| item(0, i));
             return;
         }
+        assert!(u32::try_from(items).is_ok());
+        let (shared, items) = (&*self.shared, items as u32);
         let item: *const (dyn Fn(usize, usize) + Sync + '_) = &item;
-        // SAFETY: only the lifetime changes; this function waits for every thread to finish
-        // before it returns or unwinds, so none uses the closure after its end.
+        // SAFETY: only the lifetime changes; this function waits for every item to end before
+        // it returns or unwinds, and a thread uses the closure for an item alone.
         let item: *const (dyn Fn(usize, usize) + Sync) = unsafe { std::mem::transmute(item) };
-        let job = Job { item, items };
-        // SAFETY: every thread has finished the phase before, so none reads the cell.
-        unsafe { *shared.job.get() = job };
-        shared.next.0.store(0, Ordering::Relaxed);
-        shared.finished.0.store(0, Ordering::Relaxed);
-        shared.raise(&shared.round.0);
-        let own = catch_unwind(AssertUnwindSafe(|| shared.work(0, job)));
-        shared.wait(&shared.finished.0, |finished| finished == others);
-        if let Err(panic) = own {
+        // SAFETY: every item of the phase before has ended, so no thread reads the cell.
+        unsafe { *shared.job.get() = Job { item, items } };
+        shared.ended.0.word.store(0, Ordering::Relaxed);
+        let number = shared.round.0.word.load(Ordering::Relaxed).wrapping_add(1);
+        let open = u64::from(number) << 32 | u64::from(items);
+        shared.open.0.store(open, Ordering::Release);
+        shared.round.0.raise(1);
+        let own = shared.work(0);
+        shared.ended.0.wait(|ended| ended == items);
+        let panicked = shared.panicked.swap(false, Ordering::AcqRel);
+        if let Some(panic) = own {
             resume_unwind(panic);
         }
-        assert!(
-            !shared.panicked.swap(false, Ordering::AcqRel),
-            "an item panicked on a compute thread"
-        );
+        assert!(!panicked, "an item panicked on a compute thread");
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
-        self.shared.raise(&self.shared.round.0);
+        self.shared.round.0.raise(1);
         for thread in self.threads.drain(..) {
             // The threads catch the panics of their items; there is nothing to learn here.
             let _ = thread.join();
@@ -266,6 +297,8 @@ impl<T> Scatter<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
 
     #[test]
@@ -302,7 +335,7 @@ mod tests {
     fn sleeping_threads_wake() {
         let mut pool = Pool::new(3).unwrap();
         for _ in 0..3 {
-            while pool.shared.sleeping.0.load(Ordering::SeqCst) < 2 {
+            while !pool.shared.round.0.sleeping.load(Ordering::SeqCst) {
                 std::thread::yield_now();
             }
             let ran = AtomicUsize::new(0);
