@@ -1,5 +1,7 @@
 //! The listener and the channel over real sockets.
 
+#![allow(clippy::unwrap_used)]
+
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{Router, routing::get};

@@ -1,5 +1,7 @@
 //! TLS files that are missing or wrong: every error names the file.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 
 use shoal_fabric::tls::TlsError;
