@@ -3,6 +3,7 @@
 use std::error::Error;
 
 const FILES: &[&str] = &[
+    "shoal/admin/v1/admin.proto",
     "shoal/inference/v1/inference.proto",
     "shoal/worker/v1/worker.proto",
 ];

@@ -6,7 +6,10 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::bench;
 use crate::chat::ChatArgs;
-use crate::config::{LogSettings, RouterSettings, StoreSettings, UpSettings, WorkerSettings};
+use crate::config::{
+    LogSettings, MembershipSettings, RouterSettings, StoreSettings, UpSettings, WorkerSettings,
+};
+use crate::operate::{DrainArgs, StatusArgs, UndrainArgs};
 use crate::store::ModelSource;
 
 const ABOUT: &str = "Serves quantized language models from a cluster, on one machine or many";
@@ -15,6 +18,7 @@ const EXAMPLES: &str = "\
 Examples:
   shoal up                                    the demo model, a router and a worker, on this machine
   shoal chat                                  talk to it
+  shoal status --watch                        see it work
   shoal up --model model.gguf --replicas 2    a model of your own, two workers
   shoal worker --model hf://org/repo/model.gguf --listen 0.0.0.0:9090
   shoal router --workers gpu-0:9090,gpu-1:9090 --listen 0.0.0.0:8080
@@ -55,14 +59,17 @@ sections [router] and [worker] of the configuration file.")]
     #[command(after_help = "\
 Examples:
   shoal router --workers 127.0.0.1:9090
-  shoal router --workers gpu-0:9090,gpu-1:9090 --listen 0.0.0.0:8080 --api-keys keys.toml")]
+  shoal router --workers gpu-0:9090,gpu-1:9090 --listen 0.0.0.0:8080 --api-keys keys.toml
+  shoal router --membership etcd://etcd-0:2379,etcd-1:2379/production")]
     Router(RouterCommand),
 
     /// Run a worker: the engine of one model
     #[command(after_help = "\
 Examples:
   shoal worker
-  shoal worker --model model.gguf --listen 0.0.0.0:9090 --threads 8 --kv-size 2GiB")]
+  shoal worker --model model.gguf --listen 0.0.0.0:9090 --threads 8 --kv-size 2GiB
+  shoal worker --membership etcd://etcd-0:2379/production --listen 0.0.0.0:9090 \\
+    --advertise gpu-0:9090 --group blue-0")]
     Worker(WorkerCommand),
 
     /// Chat with a served model in the terminal
@@ -74,6 +81,24 @@ Examples:
 
 Where standard input is not a terminal, each of its lines is one prompt.")]
     Chat(ChatArgs),
+
+    /// Show a running cluster: routers, groups, load, KV usage
+    #[command(after_help = "\
+Examples:
+  shoal status
+  shoal status --watch
+  shoal status --json --url http://router-0:8080")]
+    Status(StatusArgs),
+
+    /// Have a worker group take no new requests, and wait until it is idle
+    #[command(after_help = "\
+Examples:
+  shoal drain worker-0
+  shoal drain blue-0 --deadline 30s")]
+    Drain(DrainArgs),
+
+    /// Have a drained worker group take requests again
+    Undrain(UndrainArgs),
 
     /// Inspect, fetch and list model files
     #[command(subcommand)]
@@ -104,6 +129,9 @@ pub(crate) struct RouterCommand {
     #[command(flatten)]
     pub(crate) settings: RouterSettings,
 
+    #[command(flatten)]
+    pub(crate) membership: MembershipSettings,
+
     /// Print the settings as TOML and end
     #[arg(long)]
     pub(crate) print_config: bool,
@@ -118,6 +146,9 @@ pub(crate) struct RouterCommand {
 pub(crate) struct WorkerCommand {
     #[command(flatten)]
     pub(crate) settings: WorkerSettings,
+
+    #[command(flatten)]
+    pub(crate) membership: MembershipSettings,
 
     #[command(flatten)]
     pub(crate) store: StoreSettings,

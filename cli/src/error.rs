@@ -13,6 +13,7 @@ use shoal_worker::WorkerError;
 use crate::bench::BenchError;
 use crate::chat::ChatError;
 use crate::config::ConfigError;
+use crate::operate::OperateError;
 use crate::store::StoreError;
 use crate::up::UpError;
 
@@ -49,6 +50,8 @@ pub(crate) enum CliError {
     Chat(#[from] ChatError),
     #[error(transparent)]
     Bench(#[from] BenchError),
+    #[error(transparent)]
+    Operate(#[from] OperateError),
 }
 
 impl CliError {
@@ -70,6 +73,7 @@ impl CliError {
             Self::Model { source, .. } => source.class(),
             Self::Chat(error) => error.class(),
             Self::Bench(error) => error.class(),
+            Self::Operate(error) => error.class(),
         }
     }
 }

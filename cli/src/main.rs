@@ -10,6 +10,7 @@ mod config;
 mod error;
 mod inspect;
 mod model;
+mod operate;
 mod role;
 mod store;
 mod up;
@@ -21,7 +22,7 @@ use clap::Parser;
 use shoal_core::Class;
 
 use args::{BenchCommand, Cli, Command, ModelCommand};
-use config::{ConfigFile, LogSettings, Section};
+use config::{ConfigFile, LogSettings, MembershipSettings, Section};
 use error::CliError;
 
 pub(crate) use error::chain;
@@ -69,24 +70,38 @@ fn run(cli: Cli, started: Instant) -> Result<(), CliError> {
         }
         Command::Router(args) => {
             let settings = file.merge(&args.settings)?;
+            let membership = file.merge(&args.membership)?;
             if args.print_config {
-                return print_config(&settings);
+                return print_role(&settings, &membership);
             }
             start_log(log, "info")?;
-            block_on(role::router(settings, args.supervised))?;
+            block_on(role::router(settings, membership, args.supervised))?;
         }
         Command::Worker(args) => {
             let settings = file.merge(&args.settings)?;
+            let membership = file.merge(&args.membership)?;
             if args.print_config {
-                return print_config(&settings);
+                return print_role(&settings, &membership);
             }
             start_log(log, "info")?;
             let store = model::store(&args.store, &file)?;
-            block_on(role::worker(settings, store, args.supervised))?;
+            block_on(role::worker(settings, membership, store, args.supervised))?;
         }
         Command::Chat(args) => {
             start_log(log, "warn")?;
             block_on(chat::run(args))?;
+        }
+        Command::Status(args) => {
+            start_log(log, "warn")?;
+            block_on(operate::status(args))?;
+        }
+        Command::Drain(args) => {
+            start_log(log, "warn")?;
+            block_on(operate::drain(args))?;
+        }
+        Command::Undrain(args) => {
+            start_log(log, "warn")?;
+            block_on(operate::undrain(args))?;
         }
         Command::Bench(BenchCommand::Serve(args)) => {
             start_log(log, "warn")?;
@@ -112,6 +127,13 @@ fn run(cli: Cli, started: Instant) -> Result<(), CliError> {
 fn print_config<S: Section>(settings: &S) -> Result<(), CliError> {
     let text = toml::to_string(settings)?;
     model::print(|out| write!(out, "[{}]\n{text}", S::NAME))
+}
+
+/// The settings in force of a role and of how it finds the cluster.
+fn print_role<S: Section>(settings: &S, membership: &MembershipSettings) -> Result<(), CliError> {
+    print_config(settings)?;
+    model::print(|out| writeln!(out))?;
+    print_config(membership)
 }
 
 fn start_log(settings: LogSettings, default: &str) -> Result<(), CliError> {

@@ -2,23 +2,29 @@
 
 use std::sync::Arc;
 
-use shoal_fabric::membership::Membership;
 use shoal_fabric::shutdown::{Phase, Shutdown};
 use shoal_router::{RouterArgs, RouterConfig};
 
-use crate::config::{ConfigError, RouterSettings, WorkerSettings};
+use crate::config::{ConfigError, MembershipSettings, RouterSettings, WorkerSettings};
 use crate::error::{CliError, chain};
 use crate::store::{ModelSource, Store};
 use crate::up::{Control, Report};
 
 /// Runs a router until it is told to end.
-pub(crate) async fn router(settings: RouterSettings, supervised: bool) -> Result<(), CliError> {
+pub(crate) async fn router(
+    settings: RouterSettings,
+    membership: MembershipSettings,
+    supervised: bool,
+) -> Result<(), CliError> {
     let (shutdown, control) = begin(supervised)?;
     let run = async {
         let mut args = RouterArgs::try_from(settings)?;
-        if let Some(control) = &control {
-            let members: Arc<dyn Membership> = control.clone();
-            args.membership = Some(members);
+        args.membership = membership.start("router", args.listen, args.advertise.is_some())?;
+        if args.membership.is_some() && !args.workers.is_empty() {
+            return Err(ConfigError::TwoMemberships.into());
+        }
+        if let (None, Some(control)) = (&args.membership, &control) {
+            args.membership = Some(Arc::new(control.workers()));
         }
         let config = RouterConfig::try_from(args)?;
         Ok(shoal_router::run(config, shutdown.clone()).await?)
@@ -29,6 +35,7 @@ pub(crate) async fn router(settings: RouterSettings, supervised: bool) -> Result
 /// Runs a worker until it is told to end.
 pub(crate) async fn worker(
     settings: WorkerSettings,
+    membership: MembershipSettings,
     store: Store,
     supervised: bool,
 ) -> Result<(), CliError> {
@@ -39,7 +46,11 @@ pub(crate) async fn worker(
             None => ModelSource::default(),
         };
         let path = tokio::task::spawn_blocking(move || store.resolve(&source)).await??;
-        let config = settings.config(path)?;
+        let mut config = settings.config(path)?;
+        let (listen, advertised) = (config.listen.address, config.advertise.is_some());
+        if let Some(membership) = membership.start("worker", listen, advertised)? {
+            config.membership = membership;
+        }
         Ok(shoal_worker::run(config, shutdown.clone()).await?)
     };
     report_to(control.as_deref(), shutdown.clone(), run).await

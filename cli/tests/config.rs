@@ -9,13 +9,18 @@ use support::{command, shoal};
 /// A setting as `--help` shows it.
 #[derive(Debug)]
 struct Setting {
+    /// Of `shoal`, that shows it.
+    command: &'static str,
+    section: &'static str,
     flag: String,
     variable: String,
 }
 
 impl Setting {
     fn key(&self) -> String {
-        self.flag.replace('-', "_")
+        let name = self.variable.trim_start_matches("SHOAL_").to_lowercase();
+        let section = format!("{}_", self.section);
+        name.strip_prefix(&section).unwrap_or(&name).to_owned()
     }
 
     /// Three different values, as text and as TOML.
@@ -24,7 +29,9 @@ impl Setting {
             "listen" => ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"],
             "prefix_cache" => ["true", "false", "true"],
             "request_timeout" | "resume_window" | "worker_silence" | "worker_stall"
-            | "itl_target" | "priority_aging" | "drain" | "drain_timeout" => ["1s", "2s", "3s"],
+            | "itl_target" | "priority_aging" | "drain" | "drain_timeout" | "ttl" => {
+                ["1s", "2s", "3s"]
+            }
             _ => ["1", "2", "3"],
         };
         values.map(str::to_owned)
@@ -42,8 +49,8 @@ impl Setting {
 }
 
 /// The section's own settings: those whose variable bears its name.
-async fn settings(section: &str) -> Vec<Setting> {
-    let help = shoal(&[section, "--help"], "").await.stdout;
+async fn settings(command: &'static str, section: &'static str) -> Vec<Setting> {
+    let help = shoal(&[command, "--help"], "").await.stdout;
     let mut found = Vec::new();
     let mut flag = None;
     for word in help
@@ -55,10 +62,13 @@ async fn settings(section: &str) -> Vec<Setting> {
             flag = Some(name.to_owned());
         } else if let Some(variable) = word.strip_prefix("SHOAL_") {
             let own = format!("{}_", section.to_uppercase());
-            if variable.starts_with(&own) || variable == "ISA" {
-                let flag = flag.clone().unwrap();
-                let variable = format!("SHOAL_{variable}");
-                found.push(Setting { flag, variable });
+            if variable.starts_with(&own) || (variable, section) == ("ISA", "worker") {
+                found.push(Setting {
+                    command,
+                    section,
+                    flag: flag.clone().unwrap(),
+                    variable: format!("SHOAL_{variable}"),
+                });
             }
         }
     }
@@ -66,7 +76,6 @@ async fn settings(section: &str) -> Vec<Setting> {
 }
 
 async fn printed(
-    section: &str,
     setting: &Setting,
     file: Option<&str>,
     variable: Option<&str>,
@@ -74,7 +83,8 @@ async fn printed(
 ) -> toml::Value {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("shoal.toml");
-    let mut arguments = vec![section.to_owned(), "--print-config".to_owned()];
+    let section = setting.section;
+    let mut arguments = vec![setting.command.to_owned(), "--print-config".to_owned()];
     if let Some(value) = file {
         let text = format!("[{section}]\n{} = {}\n", setting.key(), setting.toml(value));
         std::fs::write(&path, text).unwrap();
@@ -101,8 +111,14 @@ async fn printed(
 
 #[tokio::test]
 async fn every_setting_has_three_forms_and_the_nearest_wins() {
-    for (section, least) in [("up", 4), ("router", 16), ("worker", 20)] {
-        let settings = settings(section).await;
+    for (command, section, least) in [
+        ("up", "up", 4),
+        ("router", "router", 16),
+        ("worker", "worker", 20),
+        ("router", "membership", 8),
+        ("worker", "membership", 8),
+    ] {
+        let settings = settings(command, section).await;
         assert!(settings.len() >= least, "{section}: {settings:?}");
         for setting in &settings {
             let [in_file, in_variable, in_flag] = setting.values();
@@ -111,21 +127,17 @@ async fn every_setting_has_three_forms_and_the_nearest_wins() {
                 Some(in_variable.as_str()),
                 Some(in_flag.as_str()),
             );
-            let from_file = printed(section, setting, f, None, None).await;
-            let from_variable = printed(section, setting, None, v, None).await;
-            let from_flag = printed(section, setting, None, None, g).await;
+            let from_file = printed(setting, f, None, None).await;
+            let from_variable = printed(setting, None, v, None).await;
+            let from_flag = printed(setting, None, None, g).await;
             assert_ne!(from_file, from_variable, "{setting:?}");
             assert_ne!(from_variable, from_flag, "{setting:?}");
             assert_eq!(
-                printed(section, setting, f, v, None).await,
+                printed(setting, f, v, None).await,
                 from_variable,
                 "{setting:?}"
             );
-            assert_eq!(
-                printed(section, setting, f, v, g).await,
-                from_flag,
-                "{setting:?}"
-            );
+            assert_eq!(printed(setting, f, v, g).await, from_flag, "{setting:?}");
         }
     }
 }

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod backoff;
 pub mod membership;
 pub mod metrics;
 pub mod net;

@@ -4,6 +4,11 @@
 // The generated code carries the comments of the .proto files, which not every item has.
 #![allow(missing_docs, unreachable_pub, clippy::all)]
 
+/// `shoal.admin.v1`: what operators see and do at a router.
+pub mod admin {
+    tonic::include_proto!("shoal.admin.v1");
+}
+
 /// `shoal.inference.v1`: the public API of a router.
 pub mod inference {
     tonic::include_proto!("shoal.inference.v1");

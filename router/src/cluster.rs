@@ -2,18 +2,17 @@
 
 use std::{
     hash::{Hash, Hasher},
-    sync::{
-        Arc,
-        atomic::{AtomicI32, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use arc_swap::{ArcSwap, ArcSwapOption};
-use shoal_fabric::{membership::Membership, net::ClientConfig, shutdown::Shutdown};
-use shoal_proto::worker::{Load, WorkerState};
+use arc_swap::ArcSwap;
+use shoal_fabric::{
+    membership::{Member, Membership, View},
+    net::ClientConfig,
+    shutdown::Shutdown,
+};
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     admission::Throughput,
@@ -22,7 +21,7 @@ use crate::{
     metrics::WorkerStatus,
     model::{Model, TextCache, unix_seconds},
     placement::{self, Candidate, Work},
-    session::Session,
+    worker::{Connected, Worker},
 };
 
 /// How links to workers behave.
@@ -33,50 +32,6 @@ pub(crate) struct LinkConfig {
     pub(crate) silence: Duration,
     /// With work but without a step for so long, it hangs.
     pub(crate) stall: Duration,
-}
-
-/// An open session to a worker.
-#[derive(Debug)]
-pub(crate) struct Connected {
-    pub(crate) model: Arc<Model>,
-    pub(crate) session: Arc<Session>,
-    state: AtomicI32,
-    load: ArcSwap<Load>,
-}
-
-impl Connected {
-    pub(crate) fn new(model: Arc<Model>, session: Arc<Session>) -> Self {
-        Self {
-            state: AtomicI32::new(model.description.state),
-            load: ArcSwap::default(),
-            model,
-            session,
-        }
-    }
-
-    pub(crate) fn is_ready(&self) -> bool {
-        self.state.load(Ordering::Acquire) == WorkerState::Ready as i32
-    }
-
-    pub(crate) fn set_state(&self, state: WorkerState) {
-        self.state.store(state as i32, Ordering::Release);
-    }
-
-    pub(crate) fn set_load(&self, load: Load) {
-        self.load.store(Arc::new(load));
-    }
-
-    fn load(&self) -> Load {
-        **self.load.load()
-    }
-}
-
-/// A member of the cluster.
-#[derive(Debug)]
-pub(crate) struct Worker {
-    pub(crate) address: Arc<str>,
-    connected: ArcSwapOption<Connected>,
-    gone: CancellationToken,
 }
 
 /// What a placement asks for.
@@ -97,12 +52,17 @@ pub(crate) struct Wanted<'a> {
 pub(crate) struct Place {
     pub(crate) address: Arc<str>,
     pub(crate) connected: Arc<Connected>,
+    retired: bool,
 }
 
 /// All workers and models.
 #[derive(Debug)]
 pub(crate) struct Cluster {
     workers: ArcSwap<Vec<Arc<Worker>>>,
+    /// Held while the list of workers changes.
+    changing: Mutex<()>,
+    /// The other routers and this one, as the membership tells of them.
+    routers: ArcSwap<Vec<Member>>,
     /// The models ever seen, newest last, one per name.
     models: ArcSwap<Vec<Arc<Model>>>,
     pub(crate) texts: TextCache,
@@ -118,6 +78,8 @@ impl Cluster {
     ) -> Arc<Self> {
         let cluster = Arc::new(Self {
             workers: ArcSwap::default(),
+            changing: Mutex::default(),
+            routers: ArcSwap::default(),
             models: ArcSwap::default(),
             texts: TextCache::default(),
             changes: watch::Sender::default(),
@@ -127,32 +89,12 @@ impl Cluster {
         let stop = shutdown.token();
         shutdown.spawn(stop.run_until_cancelled_owned(async move {
             loop {
-                let endpoints = members.borrow_and_update().clone();
-                let old = follower.workers.load_full();
-                let mut new = Vec::with_capacity(endpoints.len());
-                for endpoint in endpoints.iter() {
-                    let address: Arc<str> = endpoint.to_string().into();
-                    if let Some(known) = old.iter().find(|w| w.address == address) {
-                        new.push(known.clone());
-                        continue;
-                    }
-                    let worker = Arc::new(Worker {
-                        address,
-                        connected: ArcSwapOption::empty(),
-                        gone: CancellationToken::new(),
-                    });
-                    new.push(worker.clone());
-                    let (cluster, gone) = (follower.clone(), worker.gone.clone());
-                    let link = link::keep(cluster, worker, endpoint.clone(), config.clone());
+                let view = members.borrow_and_update().clone();
+                for worker in follower.follow(&view) {
+                    let gone = worker.gone.clone();
+                    let link = link::keep(follower.clone(), worker, config.clone());
                     tasks.spawn(gone.run_until_cancelled_owned(link));
                 }
-                for worker in old
-                    .iter()
-                    .filter(|w| !new.iter().any(|n| Arc::ptr_eq(n, w)))
-                {
-                    worker.gone.cancel();
-                }
-                follower.workers.store(Arc::new(new));
                 follower.changed();
                 if members.changed().await.is_err() {
                     // The list is final.
@@ -161,6 +103,40 @@ impl Cluster {
             }
         }));
         cluster
+    }
+
+    /// Takes a view over. Returns the workers that are new: they have no link yet.
+    fn follow(&self, view: &View) -> Vec<Arc<Worker>> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut workers = Vec::clone(&self.workers.load());
+        for worker in &workers {
+            if !view.workers.iter().any(|member| worker.is(member)) {
+                worker.retire();
+            }
+        }
+        let mut new = Vec::new();
+        for member in &view.workers {
+            match workers.iter().find(|worker| worker.is(member)) {
+                Some(known) => known.learn(member),
+                None => new.push(Arc::new(Worker::new(member))),
+            }
+        }
+        workers.extend(new.iter().cloned());
+        self.workers.store(Arc::new(workers));
+        self.routers.store(Arc::new(view.routers.clone()));
+        new
+    }
+
+    /// Lets go of a worker without a connection, unless it is a member.
+    pub(crate) fn forget(&self, worker: &Arc<Worker>) -> bool {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !worker.is_retired() {
+            return false;
+        }
+        let mut workers = Vec::clone(&self.workers.load());
+        workers.retain(|known| !Arc::ptr_eq(known, worker));
+        self.workers.store(Arc::new(workers));
+        true
     }
 
     /// Ends every link.
@@ -187,25 +163,34 @@ impl Cluster {
             let others = models.iter().filter(|m| m.name != model.name);
             others.chain([model]).cloned().collect::<Vec<_>>()
         });
-        worker.connected.store(Some(connected));
+        worker.connect(connected);
         self.changed();
     }
 
     /// The session is over; its sequences are lost.
     pub(crate) fn disconnect(&self, worker: &Worker) {
-        if let Some(connected) = worker.connected.swap(None) {
-            connected.session.close();
-        }
+        worker.disconnect();
         self.changed();
+    }
+
+    /// Every worker, ready or not.
+    pub(crate) fn workers(&self) -> Arc<Vec<Arc<Worker>>> {
+        self.workers.load_full()
+    }
+
+    /// Every router that the membership tells of.
+    pub(crate) fn routers(&self) -> Arc<Vec<Member>> {
+        self.routers.load_full()
     }
 
     fn ready(&self) -> Vec<Place> {
         let workers = self.workers.load();
         let ready = workers.iter().filter_map(|worker| {
-            let connected = worker.connected.load_full().filter(|c| c.is_ready())?;
+            let connected = worker.connected().filter(|c| c.is_ready())?;
             Some(Place {
                 address: worker.address.clone(),
                 connected,
+                retired: worker.is_retired(),
             })
         });
         ready.collect()
@@ -214,8 +199,7 @@ impl Cluster {
     /// Whether any worker takes sequences.
     pub(crate) fn is_ready(&self) -> bool {
         let workers = self.workers.load();
-        let ready = |w: &Arc<Worker>| w.connected.load().as_ref().is_some_and(|c| c.is_ready());
-        workers.iter().any(ready)
+        workers.iter().any(|worker| worker.is_ready())
     }
 
     /// The model of that name; the only one there is for an empty name.
@@ -272,6 +256,10 @@ impl Cluster {
     pub(crate) fn place(&self, wanted: &Wanted<'_>) -> Option<Place> {
         let mut places = self.ready();
         places.retain(|p| *p.connected.model.name == *wanted.model);
+        // A membership that has lost everybody is no outage.
+        if places.iter().any(|p| !p.retired) {
+            places.retain(|p| !p.retired);
+        }
         let home = home(&places, wanted.session_id);
         places.retain(|p| !wanted.avoid.contains(&p.address));
         let same = |p: &Place| {
@@ -297,7 +285,7 @@ impl Cluster {
     pub(crate) fn status(&self) -> Vec<WorkerStatus> {
         let workers = self.workers.load();
         let status = |worker: &Arc<Worker>| {
-            let connected = worker.connected.load();
+            let connected = worker.connected();
             let connected = connected.as_ref();
             WorkerStatus {
                 worker: worker.address.clone(),

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use shoal_fabric::{
-    membership::{Endpoint, Membership, StaticMembership},
+    membership::{Endpoint, Membership, Static},
     net::{ClientConfig, Limits, ListenConfig},
     tls::{ClientTls, ServerTls},
 };
@@ -21,6 +21,10 @@ pub struct RouterArgs {
     pub workers: Vec<String>,
     /// Tells who the workers are, in the place of `workers`.
     pub membership: Option<Arc<dyn Membership>>,
+    /// Where others reach it; absent is the address that it listens on.
+    pub advertise: Option<Endpoint>,
+    /// Its name among the routers; absent is that address.
+    pub name: Option<String>,
     /// TLS towards the workers; plain text without it.
     pub worker_tls: Option<ClientTls>,
     /// TOML file of hashed API keys (see [`ApiKeys`]); without it every caller is tenant
@@ -54,6 +58,8 @@ impl Default for RouterArgs {
             tls: None,
             workers: Vec::new(),
             membership: None,
+            advertise: None,
+            name: None,
             worker_tls: None,
             api_keys: None,
             max_running: 256,
@@ -74,6 +80,8 @@ impl Default for RouterArgs {
 pub struct RouterConfig {
     pub(crate) listen: ListenConfig,
     pub(crate) membership: Arc<dyn Membership>,
+    pub(crate) advertise: Option<Endpoint>,
+    pub(crate) name: Option<String>,
     pub(crate) link: LinkConfig,
     pub(crate) keys: Option<ApiKeys>,
     pub(crate) admission: admission::Limits,
@@ -120,8 +128,15 @@ impl TryFrom<RouterArgs> for RouterConfig {
                 "at least 100 ms",
             )?;
         }
+        let fit = |c: char| c.is_ascii_alphanumeric() || "-_.:[]".contains(c);
+        let named = |name: &String| !name.is_empty() && name.chars().all(fit);
+        check(
+            args.name.as_ref().is_none_or(named),
+            "name",
+            "of letters, digits and -_.:[]",
+        )?;
         let workers: Result<Vec<Endpoint>, _> = args.workers.iter().map(|w| w.parse()).collect();
-        let workers = StaticMembership::new(workers?);
+        let workers = Static::new(workers?);
         Ok(Self {
             listen: ListenConfig {
                 address: args.listen,
@@ -132,6 +147,8 @@ impl TryFrom<RouterArgs> for RouterConfig {
                 },
             },
             membership: args.membership.unwrap_or(Arc::new(workers)),
+            advertise: args.advertise,
+            name: args.name,
             link: LinkConfig {
                 client: ClientConfig {
                     tls: args.worker_tls,
@@ -181,6 +198,13 @@ mod tests {
                     ..args()
                 },
                 "max_running",
+            ),
+            (
+                RouterArgs {
+                    name: Some("a/b".into()),
+                    ..args()
+                },
+                "name",
             ),
             (
                 RouterArgs {

@@ -19,8 +19,8 @@ pub enum RouterError {
         /// The range that holds.
         expected: &'static str,
     },
-    /// A worker's address is none.
-    #[error("workers")]
+    /// An address of a worker, or of this router, is none.
+    #[error("workers and addresses")]
     Endpoint(#[from] EndpointError),
     /// The file of API keys cannot be read.
     #[error("cannot read {}", path.display())]
@@ -93,6 +93,12 @@ pub(crate) enum RequestError {
     MethodNotAllowed { method: String, path: String },
     #[error("a valid API key is needed: `Authorization: Bearer KEY`")]
     Unauthenticated,
+    #[error("a key with `admin = true` is needed")]
+    Forbidden,
+    #[error("there is no group {group:?}")]
+    GroupNotFound { group: String },
+    #[error("group {group:?} cannot be told: {reason}")]
+    GroupUnreachable { group: String, reason: String },
     #[error("the queue is full")]
     QueueFull { retry_after: Duration },
     #[error("tenant {tenant:?} is over its quota of {what}")]
@@ -137,9 +143,11 @@ impl RequestError {
             Self::QueueFull { .. } | Self::Quota { .. } | Self::Overloaded { .. } => {
                 Class::Backpressure
             }
-            Self::NoWorker | Self::Draining | Self::WorkerLost { .. } | Self::Deadline => {
-                Class::Retry
-            }
+            Self::NoWorker
+            | Self::Draining
+            | Self::WorkerLost { .. }
+            | Self::GroupUnreachable { .. }
+            | Self::Deadline => Class::Retry,
             _ => Class::Client,
         }
     }
@@ -157,6 +165,9 @@ impl RequestError {
             Self::RouteNotFound { .. } => "unknown_url",
             Self::MethodNotAllowed { .. } => "method_not_allowed",
             Self::Unauthenticated => "invalid_api_key",
+            Self::Forbidden => "admin_key_needed",
+            Self::GroupNotFound { .. } => "group_not_found",
+            Self::GroupUnreachable { .. } => "group_unreachable",
             Self::QueueFull { .. } => "queue_full",
             Self::Quota { .. } => "rate_limit_exceeded",
             Self::Overloaded { .. } => "overloaded",
@@ -177,6 +188,7 @@ impl RequestError {
             Self::Template(_) => Some("messages"),
             Self::Unsupported { param } => Some(param),
             Self::ModelNotFound { .. } => Some("model"),
+            Self::GroupNotFound { .. } => Some("group"),
             _ => None,
         }
     }
@@ -196,7 +208,10 @@ impl RequestError {
     pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::ModelNotFound { .. } | Self::RouteNotFound { .. } => StatusCode::NOT_FOUND,
+            Self::ModelNotFound { .. }
+            | Self::RouteNotFound { .. }
+            | Self::GroupNotFound { .. } => StatusCode::NOT_FOUND,
+            Self::Forbidden => StatusCode::FORBIDDEN,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Unauthenticated => StatusCode::UNAUTHORIZED,
             Self::Deadline => StatusCode::GATEWAY_TIMEOUT,
@@ -213,7 +228,8 @@ impl RequestError {
     pub(crate) fn grpc_code(&self) -> Code {
         match self {
             Self::Unsupported { .. } => Code::Unimplemented,
-            Self::ModelNotFound { .. } => Code::NotFound,
+            Self::ModelNotFound { .. } | Self::GroupNotFound { .. } => Code::NotFound,
+            Self::Forbidden => Code::PermissionDenied,
             Self::Unauthenticated => Code::Unauthenticated,
             Self::Deadline => Code::DeadlineExceeded,
             _ => match self.class() {

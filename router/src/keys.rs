@@ -29,6 +29,7 @@ use crate::error::{RequestError, RouterError};
 /// sha256 = "2bb80d53…"         # printf %s KEY | sha256sum
 /// tenant = "acme"
 /// user = "alice"               # optional
+/// admin = true                 # optional: may also see the cluster and drain its groups
 /// ```
 #[derive(Clone, Debug)]
 pub struct ApiKeys {
@@ -40,6 +41,8 @@ pub struct ApiKeys {
 pub(crate) struct Caller {
     pub(crate) tenant: Arc<Tenant>,
     pub(crate) user: Arc<str>,
+    /// May see and change the cluster.
+    pub(crate) operator: bool,
 }
 
 #[derive(Deserialize)]
@@ -75,6 +78,8 @@ struct RawKey {
     tenant: String,
     #[serde(default)]
     user: String,
+    #[serde(default)]
+    admin: bool,
 }
 
 impl ApiKeys {
@@ -119,6 +124,7 @@ impl ApiKeys {
             let caller = Caller {
                 tenant: tenant.clone(),
                 user: key.user.into(),
+                operator: key.admin,
             };
             if by_hash.insert(hash, caller).is_some() {
                 return Err(problem(format!("key {} stands there twice", key.sha256)));
@@ -318,6 +324,7 @@ mod tests {
         .unwrap();
         let caller = keys.caller("secret").unwrap();
         assert_eq!((&*caller.tenant.name, &*caller.user), ("acme", "alice"));
+        assert!(!caller.operator);
         assert!(keys.caller("Secret").is_none());
         assert!(keys.caller("").is_none());
     }

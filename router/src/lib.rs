@@ -9,6 +9,7 @@ mod answer;
 mod api;
 mod cluster;
 mod config;
+mod drain;
 mod error;
 mod generation;
 mod keys;
@@ -21,8 +22,10 @@ mod request;
 mod server;
 mod service;
 mod session;
+mod status;
 #[cfg(test)]
 mod testing;
+mod worker;
 
 pub use config::{RouterArgs, RouterConfig};
 pub use error::RouterError;

@@ -2,10 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use shoal_fabric::{
-    membership::Endpoint,
-    net::{self, NetError},
-};
+use shoal_fabric::net::{self, NetError};
 use shoal_proto::{
     PROTOCOL_VERSION,
     worker::{
@@ -17,9 +14,10 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tonic::{Streaming, transport::Channel};
 
 use crate::{
-    cluster::{Cluster, Connected, LinkConfig, Worker},
+    cluster::{Cluster, LinkConfig},
     model::{BundleError, BundleHash, Model, TextModel},
     session::Session,
+    worker::{Connected, Worker},
 };
 
 /// For a call that is not the session.
@@ -59,17 +57,11 @@ enum LinkError {
 }
 
 /// Connects, and again after a loss with jittered exponential backoff; ends when its future
-/// is dropped.
-pub(crate) async fn keep(
-    cluster: Arc<Cluster>,
-    worker: Arc<Worker>,
-    endpoint: Endpoint,
-    config: LinkConfig,
-) {
+/// is dropped, or after a loss when the worker is no member any more.
+pub(crate) async fn keep(cluster: Arc<Cluster>, worker: Arc<Worker>, config: LinkConfig) {
     let link = Link {
         cluster,
         worker,
-        endpoint,
         config,
     };
     let mut backoff = FIRST_BACKOFF;
@@ -80,18 +72,22 @@ pub(crate) async fn keep(
         if let Err(error) = end {
             tracing::warn!(worker = %link.worker.address, %error, "worker lost");
         }
+        if link.cluster.forget(&link.worker) {
+            return;
+        }
         if started.elapsed() > LONGEST_BACKOFF {
             backoff = FIRST_BACKOFF;
         }
-        tokio::time::sleep(backoff.mul_f64(rand::random_range(0.5..1.0))).await;
+        let pause = backoff.mul_f64(rand::random_range(0.5..1.0));
         backoff = (backoff * 2).min(LONGEST_BACKOFF);
+        // What the membership tells meanwhile ends the pause.
+        let _ = timeout(pause, link.worker.news.notified()).await;
     }
 }
 
 struct Link {
     cluster: Arc<Cluster>,
     worker: Arc<Worker>,
-    endpoint: Endpoint,
     config: LinkConfig,
 }
 
@@ -104,7 +100,7 @@ impl Drop for Link {
 impl Link {
     /// One connection, from its first call to its loss.
     async fn once(&self) -> Result<(), LinkError> {
-        let channel = net::channel(&self.endpoint, &self.config.client)?;
+        let channel = net::channel(&self.worker.member().address, &self.config.client)?;
         let mut client = WorkerClient::new(channel).max_decoding_message_size(MAX_FRAME);
         let description = timeout(CALL_TIMEOUT, client.describe(DescribeRequest {})).await??;
         let description = description.into_inner();
@@ -127,7 +123,7 @@ impl Link {
             epoch = model.description.epoch,
             "worker connected"
         );
-        let connected = Arc::new(Connected::new(model, session.0.clone()));
+        let connected = Arc::new(Connected::new(model, session.0.clone(), client));
         self.cluster.connect(&self.worker, connected.clone());
         self.read(&connected, frames.into_inner(), ping_interval)
             .await

@@ -3,11 +3,13 @@
 use std::{net::SocketAddr, sync::Arc};
 
 use shoal_fabric::{
+    membership::{Endpoint, Member, Role, State},
     metrics::Registry,
     net::{self, Listener},
     shutdown::Shutdown,
 };
 use shoal_proto::inference::inference_server::InferenceServer;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
@@ -53,6 +55,8 @@ impl Server {
     /// When a service cannot be set up.
     pub async fn serve(self, shutdown: Shutdown) -> Result<(), RouterError> {
         let Self { listener, config } = self;
+        let address = listener.local_addr().map_err(RouterError::Address)?;
+        let (own, record) = watch::channel(own(config.name, config.advertise, address)?);
         // Links outlive the shutdown's start: open answers still need them.
         let cluster = Cluster::start(config.membership.as_ref(), config.link, &shutdown);
         let admission = Admission::new(config.admission);
@@ -68,6 +72,7 @@ impl Server {
             admission,
             metrics,
             shutdown: shutdown.clone(),
+            own,
             keys: config.keys,
             max_body_bytes: config.max_body_bytes,
             request_timeout: config.request_timeout,
@@ -80,8 +85,8 @@ impl Server {
             .set_service_status("", ServingStatus::NotServing)
             .await;
         let app = api::app(service.clone(), &registry, health)?;
+        let registration = config.membership.register(record);
         let reporting = shutdown.spawn(report(service.clone(), reporter));
-        let address = listener.local_addr().map_err(RouterError::Address)?;
         tracing::info!(%address, "router listens");
         shutdown.listening(address);
         let stop = CancellationToken::new();
@@ -93,6 +98,7 @@ impl Server {
         tokio::join!(net::serve(listener, app, stop.clone()), ending);
         cluster.stop();
         reporting.abort();
+        registration.end().await;
         Ok(())
     }
 }
@@ -105,16 +111,34 @@ pub async fn run(config: RouterConfig, shutdown: Shutdown) -> Result<(), RouterE
     Server::bind(config).await?.serve(shutdown).await
 }
 
-/// Keeps `grpc.health.v1` at the state of `/ready`.
+/// This router as a member of the cluster.
+fn own(
+    name: Option<String>,
+    advertise: Option<Endpoint>,
+    address: SocketAddr,
+) -> Result<Member, RouterError> {
+    let address = match advertise {
+        Some(address) => address,
+        None => address.try_into()?,
+    };
+    let name = name.unwrap_or_else(|| address.to_string());
+    Ok(Member::new(Role::Router, name, address))
+}
+
+/// Keeps `grpc.health.v1` and the membership record at the state of `/ready`.
 async fn report(service: Arc<Service>, reporter: HealthReporter) {
     let mut changes = service.cluster.watch();
     loop {
-        let status = if service.is_ready() {
+        let (status, state) = if service.is_ready() {
             service.shutdown.ready();
-            ServingStatus::Serving
+            (ServingStatus::Serving, State::Ready)
+        } else if service.shutdown.is_started() {
+            (ServingStatus::NotServing, State::Draining)
         } else {
-            ServingStatus::NotServing
+            (ServingStatus::NotServing, State::Starting)
         };
+        let changed = |own: &mut Member| std::mem::replace(&mut own.state, state) != state;
+        service.own.send_if_modified(changed);
         reporter.set_service_status("", status).await;
         reporter
             .set_service_status(

@@ -2,9 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use shoal_fabric::shutdown::Shutdown;
+use shoal_fabric::{membership::Member, shutdown::Shutdown};
 use shoal_proto::inference::GenerateRequest;
-use tokio::time::timeout;
+use tokio::{sync::watch, time::timeout};
 use tokio_util::{
     sync::CancellationToken,
     task::{TaskTracker, task_tracker::TaskTrackerToken},
@@ -31,6 +31,8 @@ pub(crate) struct Service {
     pub(crate) max_body_bytes: usize,
     pub(crate) request_timeout: Duration,
     pub(crate) shutdown: Shutdown,
+    /// This router as a member of the cluster.
+    pub(crate) own: watch::Sender<Member>,
     admission: Arc<Admission>,
     dispatch: Arc<Dispatch>,
     keys: Option<ApiKeys>,
@@ -58,6 +60,7 @@ pub(crate) struct Parts {
     pub(crate) admission: Arc<Admission>,
     pub(crate) metrics: Metrics,
     pub(crate) shutdown: Shutdown,
+    pub(crate) own: watch::Sender<Member>,
     pub(crate) keys: Option<ApiKeys>,
     pub(crate) max_body_bytes: usize,
     pub(crate) request_timeout: Duration,
@@ -79,12 +82,14 @@ impl Service {
             max_body_bytes: parts.max_body_bytes,
             request_timeout: parts.request_timeout,
             shutdown: parts.shutdown,
+            own: parts.own,
             admission: parts.admission,
             dispatch: Arc::new(dispatch),
             keys: parts.keys,
             anyone: Caller {
                 tenant: Arc::new(Tenant::unlimited("default")),
                 user: "".into(),
+                operator: true,
             },
             default_max_tokens: parts.default_max_tokens,
             open: TaskTracker::new(),
@@ -105,6 +110,11 @@ impl Service {
     /// Whether a request without a limit gets one here.
     pub(crate) fn has_default_max_tokens(&self) -> bool {
         self.default_max_tokens.is_some()
+    }
+
+    /// The sequences at workers, and the requests that wait for admission.
+    pub(crate) fn open_work(&self) -> (u32, u32) {
+        (self.admission.running(), self.admission.waiting())
     }
 
     /// Whether new requests are answered.

@@ -1,10 +1,13 @@
 //! A worker's settings.
 
-use std::{fmt, num::NonZeroUsize, path::PathBuf, str::FromStr, time::Duration};
+use std::{fmt, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
 use shoal_core::{Class, PAGE_TOKENS};
 use shoal_engine::config::EngineConfig;
-use shoal_fabric::net::ListenConfig;
+use shoal_fabric::{
+    membership::{Endpoint, Membership, Static},
+    net::ListenConfig,
+};
 use shoal_kernels::isa::Isa;
 
 /// What runs the model.
@@ -53,7 +56,7 @@ pub fn parse_isa(name: &str) -> Result<Isa, ConfigError> {
 }
 
 /// The settings of a worker.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct WorkerConfig {
     /// The GGUF file.
     pub model: PathBuf,
@@ -61,6 +64,12 @@ pub struct WorkerConfig {
     pub name: Option<String>,
     /// Where it listens.
     pub listen: ListenConfig,
+    /// Tells the routers of this worker.
+    pub membership: Arc<dyn Membership>,
+    /// The name of its group; absent is the address that others reach it at.
+    pub group: Option<String>,
+    /// Where others reach it; absent is the address that it listens on.
+    pub advertise: Option<Endpoint>,
     /// What runs the model.
     pub backend: BackendKind,
     /// Instruction set of the `cpu` backend; absent is the best of the machine.
@@ -89,6 +98,9 @@ impl WorkerConfig {
             model,
             name: None,
             listen,
+            membership: Arc::new(Static::new([])),
+            group: None,
+            advertise: None,
             backend: BackendKind::default(),
             isa: None,
             threads: None,
@@ -111,6 +123,14 @@ impl WorkerConfig {
             if value < least {
                 return Err(ConfigError::Least { name, least });
             }
+        }
+        let fit = |c: char| c.is_ascii_alphanumeric() || "-_.:[]".contains(c);
+        if let Some(group) = &self.group
+            && (group.is_empty() || !group.chars().all(fit))
+        {
+            return Err(ConfigError::Group {
+                given: group.clone(),
+            });
         }
         if let Some(isa) = self.isa.filter(|isa| !isa.is_available()) {
             return Err(ConfigError::IsaMissing { isa });
@@ -157,6 +177,12 @@ pub enum ConfigError {
     IsaMissing {
         /// Which.
         isa: Isa,
+    },
+    /// Not a group's name.
+    #[error("a group's name has letters, digits and -_.:[] only, unlike {given:?}")]
+    Group {
+        /// What was given.
+        given: String,
     },
     /// The path of the model gives no name, and none was set.
     #[error("the model has no name")]
@@ -205,6 +231,7 @@ mod tests {
             ),
             (|c| c.session_backlog = 1, "session_backlog"),
             (|c| c.context = Some(31), "context"),
+            (|c| c.group = Some("a/b".into()), "a group's name"),
         ] {
             let mut config = config();
             spoil(&mut config);

@@ -1,6 +1,6 @@
 use shoal_core::Class;
 use shoal_engine::engine::EngineError;
-use shoal_fabric::net::NetError;
+use shoal_fabric::{membership::EndpointError, net::NetError};
 
 use crate::{config::ConfigError, load::LoadError};
 
@@ -16,6 +16,9 @@ pub enum WorkerError {
     /// The socket's address.
     #[error("the listener's address")]
     Address(#[source] std::io::Error),
+    /// The address is none that others could reach.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
     /// gRPC reflection cannot be set up.
     #[error("gRPC reflection")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -58,6 +61,7 @@ impl WorkerError {
             Self::Net(error) => error.class(),
             Self::Load { source, .. } => source.class(),
             Self::Engine(error) => error.class(),
+            Self::Endpoint(error) => error.class(),
             Self::WarmUp(_)
             | Self::FirstRun { .. }
             | Self::Address(_)

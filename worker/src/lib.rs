@@ -6,6 +6,7 @@
 mod config;
 mod error;
 mod load;
+mod member;
 mod memory;
 mod metrics;
 mod outbox;

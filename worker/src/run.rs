@@ -28,7 +28,7 @@ use crate::{
     config::WorkerConfig,
     error::WorkerError,
     load::{self, LoadError, Loaded},
-    probes,
+    member, probes,
     service::Service,
     sessions::{Seat, Sink},
     wire::Identity,
@@ -55,6 +55,8 @@ pub(crate) async fn serve(
     shutdown: Shutdown,
     load: impl FnOnce(&WorkerConfig) -> Result<Loaded, LoadError> + Send + 'static,
 ) -> Result<(), WorkerError> {
+    let address = listener.local_addr().map_err(WorkerError::Address)?;
+    let member = config.member(address)?;
     let worker = Arc::new(Worker::new(&config, shutdown));
     let registry = Registry::default();
     registry.register(|r| worker.metrics.register(r));
@@ -71,10 +73,13 @@ pub(crate) async fn serve(
         .shutdown
         .spawn(net::serve(listener, app, stop.clone()));
 
-    let result = live(&worker, config, &registry, load).await;
+    let group = member.name.clone();
+    let registration = member::join(&worker, config.membership.as_ref(), member);
+    let result = live(&worker, config, &group, &registry, load).await;
     // Sessions send what they have and end; then connections have nothing to wait for.
     worker.closing.cancel();
     stop.cancel();
+    registration.end().await;
     for task in [health_task, server] {
         if let Err(error) = task.await {
             tracing::error!(%error, "a part of the service broke off");
@@ -99,6 +104,7 @@ fn reflection() -> Result<
 async fn live(
     worker: &Worker,
     config: WorkerConfig,
+    group: &str,
     registry: &Registry,
     load: impl FnOnce(&WorkerConfig) -> Result<Loaded, LoadError> + Send + 'static,
 ) -> Result<(), WorkerError> {
@@ -106,8 +112,13 @@ async fn live(
     let drain = config.drain;
     let engine_ended = CancellationToken::new();
     let sink = Sink::new(worker.sessions.clone(), engine_ended.clone().drop_guard());
+    let membership = config.membership.clone();
     let start = async {
-        let loaded = on_own_thread(move || assemble(&config, load, sink)).await??;
+        let load = on_own_thread(move || assemble(&config, load, sink));
+        let epoch = membership.next_epoch(group, epoch());
+        let (loaded, epoch) = tokio::join!(load, epoch);
+        let mut loaded = loaded??;
+        loaded.set_epoch(epoch);
         registry.register(|r| loaded.engine.metrics().register(r));
         warm_up(&loaded.engine, worker.sessions.open_own()).await?;
         Ok::<_, WorkerError>(loaded)
@@ -166,7 +177,7 @@ fn assemble(
         source,
     })?;
     let identity = Identity {
-        epoch: epoch(),
+        epoch: 0,
         numerics_id: backend.numerics_id().0,
     };
     let bundle = tokenizer.encode_to_vec();
@@ -200,7 +211,7 @@ fn describe(backend: &dyn Backend, model: String, identity: &Identity) -> ModelD
     }
 }
 
-/// Rises with every start: the time, in microseconds.
+/// Rises with every start on one machine: the time, in microseconds.
 fn epoch() -> u64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     now.map_or(1, |time| time.as_micros() as u64)

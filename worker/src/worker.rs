@@ -28,6 +28,14 @@ pub(crate) struct Serving {
     pub(crate) bundle: Bytes,
 }
 
+impl Serving {
+    /// Names this start of the worker.
+    pub(crate) fn set_epoch(&mut self, epoch: u64) {
+        self.identity.epoch = epoch;
+        self.description.epoch = epoch;
+    }
+}
+
 /// What the parts of the service share.
 #[derive(Debug)]
 pub(crate) struct Worker {
@@ -72,7 +80,12 @@ impl Worker {
         *self.state.borrow()
     }
 
-    /// The model, once it has run.
+    /// The model, where it has run.
+    pub(crate) fn known(&self) -> Option<&Serving> {
+        self.serving.get().map(|serving| &**serving)
+    }
+
+    /// Waits for the model to have run.
     pub(crate) async fn serving(&self) -> Result<Arc<Serving>, Closing> {
         let mut state = self.watch();
         tokio::select! {

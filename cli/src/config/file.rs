@@ -7,7 +7,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
-use super::{ConfigError, LogSettings, RouterSettings, StoreSettings, UpSettings, WorkerSettings};
+use super::{
+    ConfigError, LogSettings, MembershipSettings, RouterSettings, StoreSettings, UpSettings,
+    WorkerSettings,
+};
 
 /// The settings of one subsystem, as a user gives them: every field is optional, its name is the
 /// TOML key, and clap knows its flag and its environment variable.
@@ -26,6 +29,7 @@ fn sections() -> Vec<(&'static str, Vec<String>)> {
     vec![
         keys::<LogSettings>(),
         keys::<StoreSettings>(),
+        keys::<MembershipSettings>(),
         keys::<UpSettings>(),
         keys::<RouterSettings>(),
         keys::<WorkerSettings>(),

@@ -6,6 +6,7 @@
 
 mod file;
 mod log;
+mod membership;
 mod router;
 mod store;
 #[cfg(test)]
@@ -16,15 +17,19 @@ mod values;
 mod worker;
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use shoal_core::Class;
+use shoal_fabric::membership::{EndpointError, MembershipError};
 
 pub(crate) use file::{ConfigFile, Section};
 pub(crate) use log::LogSettings;
+pub(crate) use membership::MembershipSettings;
 pub(crate) use router::RouterSettings;
 pub(crate) use store::StoreSettings;
 pub(crate) use up::UpSettings;
+pub(crate) use values::Time;
 pub(crate) use worker::WorkerSettings;
 
 use crate::store::SourceError;
@@ -63,6 +68,19 @@ pub(crate) enum ConfigError {
     Model(#[from] SourceError),
     #[error(transparent)]
     Worker(#[from] shoal_worker::ConfigError),
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    #[error(transparent)]
+    Membership(#[from] MembershipError),
+    #[error(
+        "{section}.advertise is needed: others cannot reach this process at {listen}, where it listens"
+    )]
+    Unreachable {
+        section: &'static str,
+        listen: SocketAddr,
+    },
+    #[error("workers and membership both tell who the workers are: set one of them")]
+    TwoMemberships,
     #[error("replicas must be at least 1")]
     NoReplicas,
     #[error("the environment holds a wrong value")]

@@ -18,7 +18,15 @@ pub(crate) struct RouterSettings {
     #[arg(long, env = "SHOAL_ROUTER_LISTEN", value_name = "ADDRESS")]
     pub(crate) listen: Option<SocketAddr>,
 
-    /// The workers
+    /// Address that others reach it at, as membership tells them [default: where it listens]
+    #[arg(long, env = "SHOAL_ROUTER_ADVERTISE", value_name = "HOST:PORT")]
+    pub(crate) advertise: Option<String>,
+
+    /// Its name among the routers [default: that address]
+    #[arg(long, env = "SHOAL_ROUTER_NAME", value_name = "NAME")]
+    pub(crate) name: Option<String>,
+
+    /// The workers, where no membership is set that tells of them
     #[arg(
         long,
         env = "SHOAL_ROUTER_WORKERS",
@@ -111,8 +119,11 @@ impl TryFrom<RouterSettings> for RouterArgs {
             tls: tls::server("router", raw.tls_cert, raw.tls_key, raw.tls_client_ca)?,
             workers: raw.workers.unwrap_or(default.workers),
             membership: None,
+            name: raw.name,
+            advertise: raw.advertise.map(|address| address.parse()).transpose()?,
             worker_tls: tls::client(
                 "router",
+                "worker_ca for TLS to workers, and worker_cert and worker_key together",
                 raw.worker_ca,
                 raw.worker_cert,
                 raw.worker_key,

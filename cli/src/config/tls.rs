@@ -27,9 +27,10 @@ pub(super) fn server(
     }
 }
 
-/// TLS towards workers, from the settings of `section`.
+/// TLS towards peers, from the settings of `section`.
 pub(super) fn client(
     section: &'static str,
+    expected: &'static str,
     ca: Option<PathBuf>,
     cert: Option<PathBuf>,
     key: Option<PathBuf>,
@@ -43,9 +44,6 @@ pub(super) fn client(
             domain,
         })),
         (None, _) if cert.is_none() && key.is_none() && domain.is_none() => Ok(None),
-        _ => Err(ConfigError::Incomplete {
-            section,
-            expected: "worker_ca for TLS to workers, and worker_cert and worker_key together",
-        }),
+        _ => Err(ConfigError::Incomplete { section, expected }),
     }
 }

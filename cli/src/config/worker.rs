@@ -28,6 +28,14 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_WORKER_LISTEN", value_name = "ADDRESS")]
     pub(crate) listen: Option<SocketAddr>,
 
+    /// Address that routers reach it at, as membership tells them [default: where it listens]
+    #[arg(long, env = "SHOAL_WORKER_ADVERTISE", value_name = "HOST:PORT")]
+    pub(crate) advertise: Option<String>,
+
+    /// Name of its group in the cluster, for status and drains [default: that address]
+    #[arg(long, env = "SHOAL_WORKER_GROUP", value_name = "NAME")]
+    pub(crate) group: Option<String>,
+
     /// What runs the model: cpu, or candle, the portable fallback [default: cpu]
     #[arg(long, env = "SHOAL_WORKER_BACKEND", value_name = "BACKEND")]
     pub(crate) backend: Option<String>,
@@ -130,6 +138,8 @@ impl WorkerSettings {
         };
         Ok(WorkerConfig {
             name: self.name,
+            group: self.group,
+            advertise: self.advertise.map(|address| address.parse()).transpose()?,
             backend,
             isa: self.isa.as_deref().map(parse_isa).transpose()?,
             threads: self.threads,

@@ -8,13 +8,11 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use shoal_fabric::membership::{Endpoint, Membership};
+use shoal_fabric::membership::{Local, Member};
 use shoal_fabric::shutdown::Shutdown;
-use tokio::sync::watch;
 
 /// Longest line that either side reads.
 pub(super) const MAX_LINE: u64 = 64 << 10;
@@ -39,7 +37,7 @@ pub(crate) enum Report {
 #[serde(rename_all = "snake_case")]
 pub(super) enum Order {
     /// To a router: the workers there are now.
-    Workers(Vec<SocketAddr>),
+    Workers(Vec<Member>),
     /// Finish what runs, then end.
     Drain,
 }
@@ -55,7 +53,7 @@ pub(super) fn line<T: Serialize>(message: &T) -> io::Result<Vec<u8>> {
 #[derive(Debug)]
 pub(crate) struct Control {
     stream: UnixStream,
-    workers: watch::Receiver<Arc<Vec<Endpoint>>>,
+    workers: Local,
 }
 
 impl Control {
@@ -65,12 +63,13 @@ impl Control {
         // A supervisor that reads nothing must not hold this process up.
         stream.set_write_timeout(Some(ORPHAN_GRACE))?;
         let orders = stream.try_clone()?;
-        let (sender, workers) = watch::channel(Arc::default());
+        let workers = Local::default();
+        let members = workers.clone();
         // A thread of its own: it must see the end even where the runtime hangs.
         std::thread::Builder::new()
             .name("supervisor".to_owned())
             .spawn(move || {
-                follow(orders, &shutdown, &sender);
+                follow(orders, &shutdown, &members);
                 tracing::warn!("the supervisor is gone");
                 shutdown.start();
                 std::thread::sleep(ORPHAN_GRACE);
@@ -79,21 +78,19 @@ impl Control {
         Ok(Self { stream, workers })
     }
 
+    /// The workers of the same supervisor.
+    pub(crate) fn workers(&self) -> Local {
+        self.workers.clone()
+    }
+
     /// Tells the supervisor.
     pub(crate) fn report(&self, report: &Report) -> io::Result<()> {
         (&self.stream).write_all(&line(report)?)
     }
 }
 
-/// The workers of the same supervisor.
-impl Membership for Control {
-    fn watch(&self) -> watch::Receiver<Arc<Vec<Endpoint>>> {
-        self.workers.clone()
-    }
-}
-
 /// Until the line ends or breaks.
-fn follow(stream: impl Read, shutdown: &Shutdown, workers: &watch::Sender<Arc<Vec<Endpoint>>>) {
+fn follow(stream: impl Read, shutdown: &Shutdown, workers: &Local) {
     let mut reader = BufReader::new(stream);
     loop {
         let mut line = Vec::new();
@@ -103,10 +100,7 @@ fn follow(stream: impl Read, shutdown: &Shutdown, workers: &watch::Sender<Arc<Ve
         }
         match serde_json::from_slice(&line) {
             Ok(Order::Drain) => shutdown.start(),
-            Ok(Order::Workers(addresses)) => {
-                let endpoints = addresses.iter().filter_map(|a| a.to_string().parse().ok());
-                workers.send_replace(Arc::new(endpoints.collect()));
-            }
+            Ok(Order::Workers(members)) => workers.set(members),
             Err(error) => {
                 tracing::error!(%error, "the supervisor cannot be understood");
                 return;
@@ -117,27 +111,28 @@ fn follow(stream: impl Read, shutdown: &Shutdown, workers: &watch::Sender<Arc<Ve
 
 #[cfg(test)]
 mod tests {
+    use shoal_fabric::membership::Membership;
+
     use super::*;
 
     #[test]
     fn orders_are_followed_until_the_line_ends() {
         let shutdown = Shutdown::new();
-        let (sender, workers) = watch::channel(Arc::default());
-        let address: SocketAddr = "127.0.0.1:1234".parse().unwrap();
-        let mut text = line(&Order::Workers(vec![address])).unwrap();
-        follow(text.as_slice(), &shutdown, &sender);
-        assert_eq!(workers.borrow()[0].to_string(), "127.0.0.1:1234");
+        let workers = Local::default();
+        let member = Member::at("127.0.0.1:1234".parse().unwrap());
+        let mut text = line(&Order::Workers(vec![member.clone()])).unwrap();
+        follow(text.as_slice(), &shutdown, &workers);
+        assert_eq!(workers.watch().borrow().workers, [member]);
         assert!(!shutdown.is_started());
         text.extend(line(&Order::Drain).unwrap());
-        follow(text.as_slice(), &shutdown, &sender);
+        follow(text.as_slice(), &shutdown, &workers);
         assert!(shutdown.is_started());
     }
 
     #[test]
     fn a_line_that_is_none_ends_it() {
-        let (sender, _workers) = watch::channel(Arc::default());
         let shutdown = Shutdown::new();
         let endless = io::repeat(b'x');
-        follow(endless, &shutdown, &sender);
+        follow(endless, &shutdown, &Local::default());
     }
 }

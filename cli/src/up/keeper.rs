@@ -5,13 +5,18 @@ use std::net::SocketAddr;
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use shoal_fabric::backoff::Backoff;
+use shoal_fabric::membership::Member;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::backoff::Backoff;
 use super::child::{Child, Launch, Next};
 use super::control::{Order, Report};
+
+/// Between restarts.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// Something happened to the process of slot `slot`.
 #[derive(Debug)]
@@ -57,7 +62,7 @@ pub(super) struct Keeper {
     pub(super) launch: Launch,
     pub(super) events: mpsc::Sender<Event>,
     /// Passed on as orders, where there is one.
-    pub(super) workers: Option<watch::Receiver<Vec<SocketAddr>>>,
+    pub(super) workers: Option<watch::Receiver<Vec<Member>>>,
     pub(super) stop: Stop,
 }
 
@@ -73,7 +78,7 @@ impl Keeper {
     /// Until the role is drained or killed. A process that ends before it was ever ready is an
     /// error, since the next one would fare no better.
     pub(super) async fn run(mut self) -> Result<(), KeepError> {
-        let mut backoff = Backoff::new();
+        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         let mut ever_ready = false;
         loop {
             let end = self.run_once().await?;
@@ -130,8 +135,8 @@ impl Keeper {
                     Next::Reported(Report::Failed(text)) => reason = Some(text),
                     Next::Ended(status) => return Ok(End { status, was_ready, reason }),
                 },
-                addresses = changed(&mut self.workers) => {
-                    child.order(&Order::Workers(addresses)).await;
+                members = changed(&mut self.workers) => {
+                    child.order(&Order::Workers(members)).await;
                 }
                 () = self.stop.drain.cancelled(), if end_by.is_none() => {
                     child.order(&Order::Drain).await;
@@ -158,7 +163,7 @@ impl Keeper {
 }
 
 /// The next list of workers; never where there is none to come.
-async fn changed(workers: &mut Option<watch::Receiver<Vec<SocketAddr>>>) -> Vec<SocketAddr> {
+async fn changed(workers: &mut Option<watch::Receiver<Vec<Member>>>) -> Vec<Member> {
     if let Some(workers) = workers
         && workers.changed().await.is_ok()
     {

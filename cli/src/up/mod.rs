@@ -1,6 +1,5 @@
 //! `shoal up`: a whole cluster on this machine, as processes under one supervisor.
 
-mod backoff;
 mod banner;
 mod child;
 mod control;
@@ -14,6 +13,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use shoal_core::Class;
+use shoal_fabric::membership::{Member, Role};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -87,6 +87,23 @@ pub(crate) async fn run(config: UpConfig, started: Instant) -> Result<(), UpErro
     result.and(drained)
 }
 
+fn worker_name(config: &UpConfig, index: usize) -> String {
+    match config.replicas {
+        1 => "worker".to_owned(),
+        _ => format!("worker-{index}"),
+    }
+}
+
+/// A worker as the router is told of it.
+fn member(config: &UpConfig, index: usize, address: SocketAddr) -> Option<Member> {
+    let address = address.try_into().ok()?;
+    Some(Member::new(
+        Role::Worker,
+        worker_name(config, index),
+        address,
+    ))
+}
+
 /// The processes, by role.
 struct Cluster {
     router: JoinSet<Result<(), KeepError>>,
@@ -95,14 +112,14 @@ struct Cluster {
     drain_workers: CancellationToken,
     kill: CancellationToken,
     events: mpsc::Receiver<Event>,
-    addresses: watch::Sender<Vec<SocketAddr>>,
+    members: watch::Sender<Vec<Member>>,
 }
 
 impl Cluster {
     /// Starts all processes at once: a router can wait for its workers.
     fn start(config: &UpConfig, program: PathBuf) -> Self {
         let (events_in, events) = mpsc::channel(EVENTS);
-        let (addresses, members) = watch::channel(Vec::new());
+        let (members, workers) = watch::channel(Vec::new());
         let mut cluster = Self {
             router: JoinSet::new(),
             workers: JoinSet::new(),
@@ -110,7 +127,7 @@ impl Cluster {
             drain_workers: CancellationToken::new(),
             kill: CancellationToken::new(),
             events,
-            addresses,
+            members,
         };
         let keeper =
             |slot, name: String, arguments: &[String], workers, drain: &CancellationToken| Keeper {
@@ -130,17 +147,14 @@ impl Cluster {
                 },
             };
         for index in 0..config.replicas {
-            let name = match config.replicas {
-                1 => "worker".to_owned(),
-                _ => format!("worker-{index}"),
-            };
+            let name = worker_name(config, index);
             let slot = ROUTER + 1 + index;
             let drain = &cluster.drain_workers;
             let worker = keeper(slot, name, &config.worker, None, drain);
             cluster.workers.spawn(worker.run());
         }
         let (name, drain) = ("router".to_owned(), &cluster.drain_router);
-        let router = keeper(ROUTER, name, &config.router, Some(members), drain);
+        let router = keeper(ROUTER, name, &config.router, Some(workers), drain);
         cluster.router.spawn(router.run());
         cluster
     }
@@ -170,12 +184,12 @@ impl Cluster {
                     }
                     (ROUTER, What::Gone) | (_, What::Ready) => {}
                     (worker, what) => {
-                        workers[worker - ROUTER - 1] = match what {
-                            What::Listening(address) => Some(address),
+                        let index = worker - ROUTER - 1;
+                        workers[index] = match what {
+                            What::Listening(address) => member(config, index, address),
                             _ => None,
                         };
-                        let addresses = workers.iter().copied().flatten().collect();
-                        self.addresses.send_replace(addresses);
+                        self.members.send_replace(workers.iter().flatten().cloned().collect());
                     }
                 },
             }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use shoal_fabric::membership::Member;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -18,7 +19,7 @@ struct Kept {
     dir: TempDir,
     task: JoinHandle<Result<(), KeepError>>,
     events: mpsc::Receiver<Event>,
-    workers: watch::Sender<Vec<std::net::SocketAddr>>,
+    workers: watch::Sender<Vec<Member>>,
     stop: Stop,
 }
 
@@ -133,8 +134,8 @@ async fn every_process_is_told_of_the_workers() {
         "{READY} [ -e first ] || {{ touch first; read -r order; echo \"$order\" > before; exit 1; }}; {UNTIL_DRAINED}"
     );
     let mut kept = Kept::start(&script, LONG);
-    let addresses = vec!["127.0.0.1:9".parse().unwrap()];
-    kept.workers.send_replace(addresses);
+    let member = Member::at("127.0.0.1:9".parse().unwrap());
+    kept.workers.send_replace(vec![member]);
     kept.ready().await;
     assert_eq!(kept.event().await, What::Gone);
     kept.ready().await;
@@ -142,7 +143,8 @@ async fn every_process_is_told_of_the_workers() {
     kept.end().await.unwrap();
     let orders = kept.read("orders");
     let mut orders = orders.lines();
-    assert_eq!(orders.next(), Some(r#"{"workers":["127.0.0.1:9"]}"#));
+    let told = orders.next().unwrap();
+    assert!(told.contains(r#""address":"127.0.0.1:9""#), "{told}");
     assert_eq!(orders.next(), Some(r#""drain""#));
     assert!(kept.read("before").contains("workers"));
 }

@@ -44,6 +44,15 @@ impl Context {
         })
     }
 
+    /// Whether the caller may see and change the cluster.
+    pub(super) fn authorize_operator(&self) -> Result<(), RequestError> {
+        match &self.caller {
+            Some(caller) if caller.operator => Ok(()),
+            Some(_) => Err(RequestError::Forbidden),
+            None => Err(RequestError::Unauthenticated),
+        }
+    }
+
     /// Whether the caller is known.
     pub(super) fn authorize(&self) -> Result<(), RequestError> {
         match self.caller {

@@ -8,6 +8,7 @@ mod context;
 mod error;
 mod grpc;
 mod openai;
+mod operate;
 
 pub(crate) use grpc::Grpc;
 
@@ -21,7 +22,9 @@ use axum::{
 };
 use http::{Method, Uri};
 use shoal_fabric::{metrics::Registry, net::one_port};
-use shoal_proto::{DESCRIPTORS, inference::inference_server::InferenceServer};
+use shoal_proto::{
+    DESCRIPTORS, admin::admin_server::AdminServer, inference::inference_server::InferenceServer,
+};
 use tonic::service::Routes;
 use tonic_health::pb::health_server::{Health, HealthServer};
 
@@ -44,6 +47,7 @@ pub(crate) fn app(
     let inference = InferenceServer::new(Grpc(service.clone()))
         .max_decoding_message_size(service.max_body_bytes);
     let grpc = Routes::new(inference)
+        .add_service(AdminServer::new(operate::Admin(service.clone())))
         .add_service(health)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?);

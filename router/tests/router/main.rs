@@ -12,5 +12,6 @@ mod health;
 mod limits;
 mod mock;
 mod openai;
+mod operate;
 mod stream;
 mod support;

@@ -40,6 +40,8 @@ pub(crate) const CONTEXT: u32 = 512;
 /// What the worker does with a submission.
 #[derive(Clone, Debug)]
 pub(crate) struct Script {
+    /// The model that it serves.
+    pub(crate) model: String,
     /// The answer, whoever asks; after it comes the end token.
     pub(crate) answer: Vec<u8>,
     /// Tokens per sequence and step.
@@ -56,6 +58,7 @@ pub(crate) struct Script {
 impl Script {
     pub(crate) fn answer(text: &str) -> Self {
         Self {
+            model: MODEL.into(),
             answer: text.as_bytes().to_vec(),
             per_step: 1,
             break_at: None,
@@ -213,7 +216,7 @@ impl Worker for Service {
     ) -> Result<Response<ModelDescription>, Status> {
         Ok(Response::new(ModelDescription {
             protocol_version: PROTOCOL_VERSION,
-            model: MODEL.into(),
+            model: self.0.script.lock().unwrap().model.clone(),
             architecture: "mock".into(),
             quantization: "none".into(),
             context_length: CONTEXT,
@@ -257,14 +260,19 @@ impl Worker for Service {
     }
 
     async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
-        Err(Status::unimplemented("not needed here"))
+        self.0.state.send_replace(WorkerState::Draining);
+        Ok(Response::new(DrainResponse {
+            running: *self.0.live.borrow() as u32,
+            waiting: 0,
+        }))
     }
 
     async fn undrain(
         &self,
         _: Request<UndrainRequest>,
     ) -> Result<Response<UndrainResponse>, Status> {
-        Err(Status::unimplemented("not needed here"))
+        self.0.state.send_replace(WorkerState::Ready);
+        Ok(Response::new(UndrainResponse {}))
     }
 }
 

@@ -1,31 +1,36 @@
-//! Growing pauses between restarts.
+//! Growing pauses between attempts.
 
 use std::time::Duration;
 
-const FIRST: Duration = Duration::from_millis(100);
-const LONGEST: Duration = Duration::from_secs(10);
-
-/// Exponential backoff, half of it random: processes that crash together do not restart together.
+/// Exponential backoff, half of it random: processes that fail together do not come back
+/// together.
 #[derive(Debug)]
-pub(super) struct Backoff {
+pub struct Backoff {
+    first: Duration,
+    longest: Duration,
     next: Duration,
 }
 
 impl Backoff {
-    pub(super) fn new() -> Self {
-        Self { next: FIRST }
+    /// Pauses from `first`, doubled each time, up to `longest`.
+    pub fn new(first: Duration, longest: Duration) -> Self {
+        Self {
+            first,
+            longest,
+            next: first,
+        }
     }
 
     /// The pause before the next attempt.
-    pub(super) fn pause(&mut self) -> Duration {
+    pub fn pause(&mut self) -> Duration {
         let whole = self.next;
-        self.next = (whole * 2).min(LONGEST);
+        self.next = (whole * 2).min(self.longest);
         whole.mul_f64(rand::random_range(0.5..=1.0))
     }
 
     /// The last attempt went well.
-    pub(super) fn reset(&mut self) {
-        self.next = FIRST;
+    pub fn reset(&mut self) {
+        self.next = self.first;
     }
 }
 
@@ -33,9 +38,12 @@ impl Backoff {
 mod tests {
     use super::*;
 
+    const FIRST: Duration = Duration::from_millis(100);
+    const LONGEST: Duration = Duration::from_secs(10);
+
     #[test]
     fn pauses_double_up_to_a_limit_and_start_again() {
-        let mut backoff = Backoff::new();
+        let mut backoff = Backoff::new(FIRST, LONGEST);
         let mut whole = FIRST;
         for _ in 0..20 {
             let pause = backoff.pause();
@@ -52,7 +60,7 @@ mod tests {
 
     #[test]
     fn pauses_are_jittered() {
-        let first = || Backoff::new().pause();
+        let first = || Backoff::new(FIRST, LONGEST).pause();
         let pauses: Vec<_> = (0..16).map(|_| first()).collect();
         assert!(pauses.iter().any(|pause| *pause != pauses[0]));
     }

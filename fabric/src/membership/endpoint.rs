@@ -1,13 +1,12 @@
-//! Who is in the cluster.
-
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{fmt, net::SocketAddr, str::FromStr};
 
 use http::uri::Authority;
+use serde::{Deserialize, Serialize};
 use shoal_core::Class;
-use tokio::sync::watch;
 
-/// Where a worker listens: `host:port`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+/// Where a process listens: `host:port`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Endpoint {
     authority: Authority,
     port: u16,
@@ -62,33 +61,25 @@ impl FromStr for Endpoint {
     }
 }
 
-/// The workers that a router may use, now and whenever they change.
-pub trait Membership: fmt::Debug + Send + Sync {
-    /// The current list, and a wake-up for each new one. The sender may be gone: the list is
-    /// final then.
-    fn watch(&self) -> watch::Receiver<Arc<Vec<Endpoint>>>;
-}
+impl TryFrom<String> for Endpoint {
+    type Error = EndpointError;
 
-/// A list from the configuration; it never changes.
-#[derive(Clone, Debug)]
-pub struct StaticMembership(watch::Receiver<Arc<Vec<Endpoint>>>);
-
-impl StaticMembership {
-    /// These workers, duplicates left out.
-    pub fn new(endpoints: impl IntoIterator<Item = Endpoint>) -> Self {
-        let mut list: Vec<Endpoint> = Vec::new();
-        for endpoint in endpoints {
-            if !list.contains(&endpoint) {
-                list.push(endpoint);
-            }
-        }
-        Self(watch::channel(Arc::new(list)).1)
+    fn try_from(text: String) -> Result<Self, EndpointError> {
+        text.parse()
     }
 }
 
-impl Membership for StaticMembership {
-    fn watch(&self) -> watch::Receiver<Arc<Vec<Endpoint>>> {
-        self.0.clone()
+impl TryFrom<SocketAddr> for Endpoint {
+    type Error = EndpointError;
+
+    fn try_from(address: SocketAddr) -> Result<Self, EndpointError> {
+        address.to_string().parse()
+    }
+}
+
+impl From<Endpoint> for String {
+    fn from(endpoint: Endpoint) -> Self {
+        endpoint.to_string()
     }
 }
 
@@ -114,13 +105,5 @@ mod tests {
             assert!(bad.parse::<Endpoint>().is_err(), "{bad}");
         }
         assert_eq!("[::1]:9".parse::<Endpoint>().unwrap().host(), "::1");
-    }
-
-    #[test]
-    fn a_static_list_has_no_duplicates() {
-        let list = ["a:1", "b:1", "a:1"].map(|e| e.parse().unwrap());
-        let members = StaticMembership::new(list).watch();
-        let members: Vec<String> = members.borrow().iter().map(|e| e.to_string()).collect();
-        assert_eq!(members, ["a:1", "b:1"]);
     }
 }

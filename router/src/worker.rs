@@ -1,0 +1,150 @@
+//! One worker, as the membership and its session tell of it.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicI32, Ordering},
+};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use shoal_fabric::membership::Member;
+use shoal_proto::worker::{Load, WorkerState, worker_client::WorkerClient};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+
+use crate::{model::Model, session::Session};
+
+/// An open session to a worker.
+#[derive(Debug)]
+pub(crate) struct Connected {
+    pub(crate) model: Arc<Model>,
+    pub(crate) session: Arc<Session>,
+    state: AtomicI32,
+    load: ArcSwap<Load>,
+    client: WorkerClient<Channel>,
+}
+
+impl Connected {
+    pub(crate) fn new(
+        model: Arc<Model>,
+        session: Arc<Session>,
+        client: WorkerClient<Channel>,
+    ) -> Self {
+        Self {
+            state: AtomicI32::new(model.description.state),
+            load: ArcSwap::default(),
+            model,
+            session,
+            client,
+        }
+    }
+
+    pub(crate) fn state(&self) -> WorkerState {
+        let state = self.state.load(Ordering::Acquire);
+        WorkerState::try_from(state).unwrap_or_default()
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        self.state() == WorkerState::Ready
+    }
+
+    pub(crate) fn set_state(&self, state: WorkerState) {
+        self.state.store(state as i32, Ordering::Release);
+    }
+
+    pub(crate) fn set_load(&self, load: Load) {
+        self.load.store(Arc::new(load));
+    }
+
+    /// As the worker said last.
+    pub(crate) fn load(&self) -> Load {
+        **self.load.load()
+    }
+
+    /// For calls beside the session.
+    pub(crate) fn client(&self) -> WorkerClient<Channel> {
+        self.client.clone()
+    }
+}
+
+/// A worker that is a member of the cluster, or was one and still answers.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    /// Its group's name.
+    pub(crate) group: Arc<str>,
+    pub(crate) address: Arc<str>,
+    /// As the membership tells of it.
+    member: ArcSwap<Member>,
+    connected: ArcSwapOption<Connected>,
+    /// No member any more. It gets nothing new where a member can take it, and what it has
+    /// goes on: its link alone says when it is gone.
+    retired: AtomicBool,
+    /// The membership has news of it: a link that pauses tries at once.
+    pub(crate) news: Notify,
+    pub(crate) gone: CancellationToken,
+}
+
+impl Worker {
+    pub(crate) fn new(member: &Member) -> Self {
+        Self {
+            group: member.name.as_str().into(),
+            address: member.address.to_string().into(),
+            member: ArcSwap::from_pointee(member.clone()),
+            connected: ArcSwapOption::empty(),
+            retired: AtomicBool::new(false),
+            news: Notify::new(),
+            gone: CancellationToken::new(),
+        }
+    }
+
+    /// Whether the member is this worker.
+    pub(crate) fn is(&self, member: &Member) -> bool {
+        *self.group == *member.name && *self.address == *member.address.to_string()
+    }
+
+    /// What the membership told of it last.
+    pub(crate) fn member(&self) -> Arc<Member> {
+        self.member.load_full()
+    }
+
+    /// Its open session.
+    pub(crate) fn connected(&self) -> Option<Arc<Connected>> {
+        self.connected.load_full()
+    }
+
+    pub(crate) fn connect(&self, connected: Arc<Connected>) {
+        self.connected.store(Some(connected));
+    }
+
+    /// The session is over; its sequences are lost.
+    pub(crate) fn disconnect(&self) {
+        if let Some(connected) = self.connected.swap(None) {
+            connected.session.close();
+        }
+    }
+
+    /// Whether it takes sequences.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.connected.load().as_ref().is_some_and(|c| c.is_ready())
+    }
+
+    pub(crate) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
+    }
+
+    /// It is no member any more.
+    pub(crate) fn retire(&self) {
+        if !self.retired.swap(true, Ordering::AcqRel) {
+            self.news.notify_one();
+        }
+    }
+
+    /// It is a member, and this is told of it.
+    pub(crate) fn learn(&self, member: &Member) {
+        let retired = self.retired.swap(false, Ordering::AcqRel);
+        if retired || **self.member.load() != *member {
+            self.member.store(Arc::new(member.clone()));
+            self.news.notify_one();
+        }
+    }
+}
