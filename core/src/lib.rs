@@ -11,7 +11,7 @@ mod params;
 
 pub use class::Class;
 pub use noise::NoiseKey;
-pub use page::{Namespace, PAGE_TOKENS, PageHash, Role};
+pub use page::{Namespace, PAGE_TOKENS, PageHash, Role, prompt_pages};
 pub use params::{
     LogitBias, MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS, ParamError, Sampling, Scoring,
     Stopping,

@@ -83,6 +83,25 @@ impl PageHash {
     pub fn to_bytes(self) -> [u8; 16] {
         self.0.to_le_bytes()
     }
+
+    /// From the wire.
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(u128::from_le_bytes(bytes))
+    }
+}
+
+/// The hashes of the full pages of a prompt, in order.
+pub fn prompt_pages(
+    namespace: &Namespace,
+    numerics_id: &[u8],
+    prompt: &[TokenId],
+) -> impl Iterator<Item = PageHash> {
+    let mut hash = PageHash::root(namespace, numerics_id);
+    let (pages, _) = prompt.as_chunks::<PAGE_TOKENS>();
+    pages.iter().map(move |page| {
+        hash = hash.child(page, 0);
+        hash
+    })
 }
 
 #[cfg(test)]
@@ -117,6 +136,17 @@ mod tests {
         let mut other = tokens;
         other[31] ^= 1;
         assert_ne!(page, root.child(&other, 0));
+    }
+
+    #[test]
+    fn a_prompt_has_a_hash_per_full_page() {
+        let prompt: Vec<u32> = (0..2 * PAGE_TOKENS as u32 + 5).collect();
+        let namespace = Namespace::new("t", "");
+        let pages: Vec<_> = prompt_pages(&namespace, b"n", &prompt).collect();
+        let (tokens, _) = prompt.as_chunks();
+        let first = PageHash::root(&namespace, b"n").child(&tokens[0], 0);
+        assert_eq!(pages, [first, first.child(&tokens[1], 0)]);
+        assert_eq!(PageHash::from_bytes(first.to_bytes()), first);
     }
 
     #[test]

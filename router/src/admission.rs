@@ -39,10 +39,15 @@ const SHORTEST_RETRY: f64 = 1.0;
 const LONGEST_RETRY: f64 = 60.0;
 
 impl Throughput {
-    /// Predicted time to get through `work`, between one second and a minute.
-    pub(crate) fn drain_time(&self, work: &Work) -> Duration {
+    /// Predicted seconds to get through `work`.
+    fn seconds(&self, work: &Work) -> f64 {
         let part = |tokens: f64, rate: f64| if rate > 0.0 { tokens / rate } else { 0.0 };
-        let seconds = part(work.prompt, self.prefill) + part(work.output, self.decode);
+        part(work.prompt, self.prefill) + part(work.output, self.decode)
+    }
+
+    /// The same, as a time to try again after: between one second and a minute.
+    pub(crate) fn drain_time(&self, work: &Work) -> Duration {
+        let seconds = self.seconds(work);
         Duration::from_secs_f64(seconds.clamp(SHORTEST_RETRY, LONGEST_RETRY))
     }
 }
@@ -123,11 +128,18 @@ impl Admission {
         average.min(f64::from(max_tokens))
     }
 
-    /// Takes a place in the queue, or refuses at once.
-    pub(crate) fn enter(self: &Arc<Self>, throughput: Throughput) -> Result<Ticket, RequestError> {
+    /// Takes a place in the queue, or refuses at once: where there is none, and where the queue
+    /// is predicted to last until the deadline.
+    pub(crate) fn enter(
+        self: &Arc<Self>,
+        throughput: Throughput,
+        deadline: Instant,
+    ) -> Result<Ticket, RequestError> {
         let mut state = self.lock();
         let free = self.limits.max_running.saturating_sub(state.running);
-        if state.entered >= self.limits.max_waiting.saturating_add(free) {
+        let full = state.entered >= self.limits.max_waiting.saturating_add(free);
+        let left = deadline.saturating_duration_since(Instant::now());
+        if full || throughput.seconds(&state.waiting_work) > left.as_secs_f64() {
             let retry_after = throughput.drain_time(&state.waiting_work);
             return Err(RequestError::QueueFull { retry_after });
         }

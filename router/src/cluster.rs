@@ -1,8 +1,10 @@
 //! The workers that this router knows, and what they serve.
 
 use std::{
-    hash::{Hash, Hasher},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -18,9 +20,9 @@ use crate::{
     admission::Throughput,
     error::RequestError,
     link,
-    metrics::WorkerStatus,
+    metrics::{Metrics, WorkerStatus},
     model::{Model, TextCache, unix_seconds},
-    placement::{self, Candidate, Work},
+    placement::{self, Routing},
     worker::{Connected, Worker},
 };
 
@@ -28,31 +30,17 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(crate) struct LinkConfig {
     pub(crate) client: ClientConfig,
-    /// Without a frame for so long, the worker is dead.
+    /// Without a frame for so long, the worker is suspected.
     pub(crate) silence: Duration,
-    /// With work but without a step for so long, it hangs.
+    /// The same with work but without a step, unless the step is predicted to be long.
     pub(crate) stall: Duration,
 }
 
-/// What a placement asks for.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Wanted<'a> {
-    pub(crate) model: &'a str,
-    pub(crate) work: Work,
-    /// Keeps a conversation on one worker; empty is none.
-    pub(crate) session_id: &'a str,
-    /// Preferred numerics: the output so far was made with them. Empty is any.
-    pub(crate) numerics_id: &'a [u8],
-    /// Workers that just refused, by address.
-    pub(crate) avoid: &'a [Arc<str>],
-}
-
-/// A worker to submit to.
+/// A worker that takes sequences.
 #[derive(Clone, Debug)]
-pub(crate) struct Place {
-    pub(crate) address: Arc<str>,
+pub(crate) struct Ready {
+    pub(crate) worker: Arc<Worker>,
     pub(crate) connected: Arc<Connected>,
-    retired: bool,
 }
 
 /// All workers and models.
@@ -67,6 +55,10 @@ pub(crate) struct Cluster {
     models: ArcSwap<Vec<Arc<Model>>>,
     pub(crate) texts: TextCache,
     changes: watch::Sender<()>,
+    pub(crate) metrics: Metrics,
+    routing: Routing,
+    /// Placements so far.
+    turns: AtomicUsize,
 }
 
 impl Cluster {
@@ -74,6 +66,8 @@ impl Cluster {
     pub(crate) fn start(
         membership: &dyn Membership,
         config: LinkConfig,
+        routing: Routing,
+        metrics: Metrics,
         shutdown: &Shutdown,
     ) -> Arc<Self> {
         let cluster = Arc::new(Self {
@@ -83,6 +77,9 @@ impl Cluster {
             models: ArcSwap::default(),
             texts: TextCache::default(),
             changes: watch::Sender::default(),
+            metrics,
+            routing,
+            turns: AtomicUsize::new(0),
         });
         let mut members = membership.watch();
         let (follower, tasks) = (cluster.clone(), shutdown.clone());
@@ -167,10 +164,11 @@ impl Cluster {
         self.changed();
     }
 
-    /// The session is over; its sequences are lost.
-    pub(crate) fn disconnect(&self, worker: &Worker) {
-        worker.disconnect();
+    /// The session is over; its sequences are lost. False: there was none.
+    pub(crate) fn disconnect(&self, worker: &Worker) -> bool {
+        let was_up = worker.disconnect();
         self.changed();
+        was_up
     }
 
     /// Every worker, ready or not.
@@ -183,14 +181,14 @@ impl Cluster {
         self.routers.load_full()
     }
 
-    fn ready(&self) -> Vec<Place> {
+    /// The workers that take sequences.
+    pub(crate) fn ready(&self) -> Vec<Ready> {
         let workers = self.workers.load();
         let ready = workers.iter().filter_map(|worker| {
             let connected = worker.connected().filter(|c| c.is_ready())?;
-            Some(Place {
-                address: worker.address.clone(),
+            Some(Ready {
+                worker: worker.clone(),
                 connected,
-                retired: worker.is_retired(),
             })
         });
         ready.collect()
@@ -231,8 +229,8 @@ impl Cluster {
     /// The models with a ready worker, by name.
     pub(crate) fn models(&self) -> Vec<Arc<Model>> {
         let mut models: Vec<Arc<Model>> = Vec::new();
-        for place in self.ready() {
-            let model = &place.connected.model;
+        for ready in self.ready() {
+            let model = &ready.connected.model;
             if !models.iter().any(|m| m.name == model.name) {
                 models.push(model.clone());
             }
@@ -244,71 +242,31 @@ impl Cluster {
     /// Measured speed of the ready workers.
     pub(crate) fn throughput(&self) -> Throughput {
         let mut sum = Throughput::default();
-        for place in self.ready() {
-            let load = place.connected.load();
+        for ready in self.ready() {
+            let load = ready.connected.load();
             sum.prefill += placement::prefill_tps(&load);
             sum.decode += placement::decode_tps(&load);
         }
         sum
     }
 
-    /// The cheapest ready worker.
-    pub(crate) fn place(&self, wanted: &Wanted<'_>) -> Option<Place> {
-        let mut places = self.ready();
-        places.retain(|p| *p.connected.model.name == *wanted.model);
-        // A membership that has lost everybody is no outage.
-        if places.iter().any(|p| !p.retired) {
-            places.retain(|p| !p.retired);
-        }
-        let home = home(&places, wanted.session_id);
-        places.retain(|p| !wanted.avoid.contains(&p.address));
-        let same = |p: &Place| {
-            wanted.numerics_id.is_empty()
-                || p.connected.model.description.numerics_id == wanted.numerics_id
-        };
-        if places.iter().any(same) {
-            places.retain(same);
-        }
-        let candidates: Vec<Candidate> = places
-            .iter()
-            .map(|place| Candidate {
-                load: place.connected.load(),
-                placed: place.connected.session.placed(),
-                affine: home.as_ref() == Some(&place.address),
-            })
-            .collect();
-        let chosen = placement::cheapest(&candidates, &wanted.work)?;
-        Some(places.swap_remove(chosen))
+    /// How workers are chosen, and how many were before.
+    pub(crate) fn turn(&self) -> (Routing, usize) {
+        (self.routing, self.turns.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Whether a worker other than this one could go on with what it has.
+    pub(crate) fn has_other(&self, connected: &Arc<Connected>) -> bool {
+        let ready = self.ready();
+        ready.iter().any(|other| {
+            !Arc::ptr_eq(&other.connected, connected)
+                && other.connected.model.name == connected.model.name
+                && other.worker.breaker.admits()
+        })
     }
 
     /// Every worker, for the metrics.
     pub(crate) fn status(&self) -> Vec<WorkerStatus> {
-        let workers = self.workers.load();
-        let status = |worker: &Arc<Worker>| {
-            let connected = worker.connected();
-            let connected = connected.as_ref();
-            WorkerStatus {
-                worker: worker.address.clone(),
-                up: connected.is_some(),
-                ready: connected.is_some_and(|c| c.is_ready()),
-                sequences: connected.map_or(0, |c| c.session.placed().sequences),
-                running: connected.map_or(0, |c| c.load().running),
-            }
-        };
-        workers.iter().map(status).collect()
+        self.workers.load().iter().map(|w| w.status()).collect()
     }
-}
-
-/// The worker on which a conversation lives: highest random weight (Thaler, Ravishankar
-/// 1998), so that a change of the cluster moves as few conversations as possible.
-fn home(places: &[Place], session_id: &str) -> Option<Arc<str>> {
-    if session_id.is_empty() {
-        return None;
-    }
-    let weight = |place: &&Place| {
-        let mut hasher = std::hash::DefaultHasher::new();
-        (session_id, &place.address).hash(&mut hasher);
-        hasher.finish()
-    };
-    places.iter().max_by_key(weight).map(|p| p.address.clone())
 }

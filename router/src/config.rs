@@ -8,7 +8,9 @@ use shoal_fabric::{
     tls::{ClientTls, ServerTls},
 };
 
-use crate::{admission, cluster::LinkConfig, error::RouterError, keys::ApiKeys};
+use crate::{
+    admission, cluster::LinkConfig, error::RouterError, keys::ApiKeys, placement::Routing,
+};
 
 /// The settings as a user gives them.
 #[derive(Clone, Debug)]
@@ -45,9 +47,12 @@ pub struct RouterArgs {
     pub resume_window: Duration,
     /// For open answers after the shutdown's start; then they end with an error.
     pub drain: Duration,
-    /// A worker that says nothing for so long is taken for dead.
+    /// How the worker of a sequence is chosen.
+    pub routing: Routing,
+    /// A worker that says nothing for so long gets nothing new, and its sequences move.
     pub worker_silence: Duration,
-    /// A worker with work that finishes no step for so long is taken for hung.
+    /// The same for one with work that finishes no step for so long, and for four times what
+    /// it predicts for the step.
     pub worker_stall: Duration,
 }
 
@@ -69,8 +74,9 @@ impl Default for RouterArgs {
             default_max_tokens: None,
             resume_window: Duration::from_secs(30),
             drain: Duration::from_secs(30),
-            worker_silence: Duration::from_secs(10),
-            worker_stall: Duration::from_secs(60),
+            routing: Routing::default(),
+            worker_silence: Duration::from_millis(400),
+            worker_stall: Duration::from_millis(400),
         }
     }
 }
@@ -83,6 +89,7 @@ pub struct RouterConfig {
     pub(crate) advertise: Option<Endpoint>,
     pub(crate) name: Option<String>,
     pub(crate) link: LinkConfig,
+    pub(crate) routing: Routing,
     pub(crate) keys: Option<ApiKeys>,
     pub(crate) admission: admission::Limits,
     pub(crate) max_body_bytes: usize,
@@ -94,6 +101,8 @@ pub struct RouterConfig {
 
 /// For clients to read the ends of their answers once there is nothing more to come.
 const LAST_READS: Duration = Duration::from_secs(5);
+/// For a connection to a worker: short, so that one that is back is found soon.
+const WORKER_CONNECT: Duration = Duration::from_secs(2);
 
 impl TryFrom<RouterArgs> for RouterConfig {
     type Error = RouterError;
@@ -152,11 +161,13 @@ impl TryFrom<RouterArgs> for RouterConfig {
             link: LinkConfig {
                 client: ClientConfig {
                     tls: args.worker_tls,
+                    connect_timeout: WORKER_CONNECT,
                     ..ClientConfig::default()
                 },
                 silence: args.worker_silence,
                 stall: args.worker_stall,
             },
+            routing: args.routing,
             keys: args.api_keys.as_deref().map(ApiKeys::load).transpose()?,
             admission: admission::Limits {
                 max_running: args.max_running,

@@ -99,7 +99,7 @@ pub(crate) enum RequestError {
     GroupNotFound { group: String },
     #[error("group {group:?} cannot be told: {reason}")]
     GroupUnreachable { group: String, reason: String },
-    #[error("the queue is full")]
+    #[error("the queue is full, or longer than the deadline allows")]
     QueueFull { retry_after: Duration },
     #[error("tenant {tenant:?} is over its quota of {what}")]
     Quota {

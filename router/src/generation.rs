@@ -19,12 +19,17 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::{
     admission::{Admission, Permit},
-    cluster::{Cluster, Place, Wanted},
+    breaker::Pass,
+    cluster::Cluster,
     error::RequestError,
     metrics::Metrics,
+    pages::Coming,
+    place::{Place, Wanted},
     placement::Work,
     request::Job,
+    retry::RetryBudget,
     session::{Attachment, Closed, Event},
+    worker::Connected,
 };
 
 /// Attempts without a new token after which a sequence counts as the cause of its losses.
@@ -41,6 +46,7 @@ pub(crate) struct Dispatch {
     pub(crate) admission: Arc<Admission>,
     pub(crate) metrics: Metrics,
     pub(crate) resume_window: Duration,
+    retries: RetryBudget,
     sequences: AtomicU64,
 }
 
@@ -56,8 +62,18 @@ impl Dispatch {
             admission,
             metrics,
             resume_window,
+            retries: RetryBudget::new(),
             sequences: AtomicU64::new(1),
         }
+    }
+
+    /// Whether the retry budget holds one more.
+    fn may_retry(&self) -> bool {
+        let granted = self.retries.withdraw();
+        if !granted {
+            self.metrics.refused_retries.inc();
+        }
+        granted
     }
 
     /// When a worker is predicted to have room again.
@@ -86,6 +102,18 @@ pub(crate) struct End {
     pub(crate) usage: SequenceUsage,
 }
 
+/// An attempt at a worker.
+#[derive(Debug)]
+struct Stay {
+    attachment: Attachment,
+    address: Arc<str>,
+    connected: Arc<Connected>,
+    pass: Pass,
+    /// It has had output here.
+    proven: bool,
+    _coming: Coming,
+}
+
 /// One choice of a job. Dropping it cancels it.
 #[derive(Debug)]
 pub(crate) struct Generation {
@@ -104,7 +132,7 @@ pub(crate) struct Generation {
     permit: Option<Permit>,
     /// Workers that refused this sequence just now.
     avoid: Vec<Arc<str>>,
-    at: Option<(Place, Attachment)>,
+    at: Option<Stay>,
     numerics_id: Vec<u8>,
 }
 
@@ -116,6 +144,7 @@ impl Generation {
         work: Work,
         permit: Permit,
     ) -> Self {
+        dispatch.retries.deposit();
         Self {
             sequence: dispatch.sequences.fetch_add(1, Ordering::Relaxed),
             dispatch,
@@ -138,11 +167,11 @@ impl Generation {
     pub(crate) async fn next(&mut self) -> Result<Tokens, RequestError> {
         let deadline = self.job.arrival.deadline;
         loop {
-            let Some((_, attachment)) = &self.at else {
+            let Some(stay) = &self.at else {
                 self.attach().await?;
                 continue;
             };
-            let event = timeout_at(deadline, attachment.next()).await;
+            let event = timeout_at(deadline, stay.attachment.next()).await;
             match event.map_err(|_| RequestError::Deadline)? {
                 Event::Output(output) => {
                     let news = self.accept(output)?;
@@ -158,9 +187,8 @@ impl Generation {
                 }
                 Event::Rejected(reason, _) => {
                     tracing::debug!(reason = reason.as_str_name(), "submission refused");
-                    if let Some((place, _)) = &self.at {
-                        self.avoid.push(place.address.clone());
-                    }
+                    self.avoid
+                        .extend(self.at.as_ref().map(|stay| stay.address.clone()));
                     self.detach();
                     if reason == RejectReason::Overloaded && self.attempt == 0 {
                         self.must_fit_elsewhere()?;
@@ -180,6 +208,7 @@ impl Generation {
                 have = self.output.len(),
                 "the worker left tokens out"
             );
+            self.blame();
             self.lose()?;
             return Ok(Tokens::default());
         };
@@ -195,6 +224,10 @@ impl Generation {
         if !news.tokens.is_empty() {
             self.fruitless = 0;
             self.homeless = None;
+            if let Some(stay) = self.at.as_mut().filter(|stay| !stay.proven) {
+                stay.proven = true;
+                stay.pass.succeed();
+            }
             self.avoid.clear();
             self.output.extend_from_slice(&news.tokens);
         }
@@ -213,14 +246,17 @@ impl Generation {
             }
             Finish::Deadline => return Err(RequestError::Deadline),
             // This router did not cancel it: the worker gave it up.
-            Finish::Cancelled | Finish::Preempted => self.lose()?,
+            Finish::Cancelled | Finish::Preempted => {
+                self.blame();
+                self.lose()?;
+            }
         }
         Ok(news)
     }
 
     /// Ends it at the worker and returns what it cost, as far as the worker says so in time.
     pub(crate) async fn cancel(&mut self) -> SequenceUsage {
-        let Some((_, attachment)) = &self.at else {
+        let Some(Stay { attachment, .. }) = &self.at else {
             return SequenceUsage::default();
         };
         attachment.cancel();
@@ -240,8 +276,17 @@ impl Generation {
     }
 
     fn detach(&mut self) {
-        if let Some((_, attachment)) = self.at.take() {
-            self.permit = attachment.take_permit();
+        if let Some(stay) = self.at.take() {
+            self.permit = stay.attachment.take_permit();
+        }
+    }
+
+    /// The worker failed it, unless it said that it takes nothing more.
+    fn blame(&mut self) {
+        if let Some(stay) = &mut self.at
+            && stay.connected.is_ready()
+        {
+            stay.pass.fail();
         }
     }
 
@@ -249,7 +294,9 @@ impl Generation {
     fn lose(&mut self) -> Result<(), RequestError> {
         self.detach();
         self.fruitless += 1;
-        if self.fruitless >= MAX_FRUITLESS {
+        // A stream that got on is never refused its next worker; one that did not is a retry.
+        let refused = self.fruitless > 1 && !self.dispatch.may_retry();
+        if self.fruitless >= MAX_FRUITLESS || refused {
             return Err(RequestError::WorkerLost {
                 attempts: self.fruitless,
             });
@@ -269,7 +316,10 @@ impl Generation {
         let resumed = !self.output.is_empty();
         self.dispatch.cluster.place(&Wanted {
             model: &self.job.model.name,
-            work: self.work,
+            prompt: &self.job.prompt,
+            resumed: self.output.len(),
+            output: (self.work.output - self.output.len() as f64).max(1.0),
+            namespace: &self.job.namespace,
             session_id: &self.job.session_id,
             numerics_id: if resumed { &self.numerics_id } else { &[] },
             avoid: &self.avoid,
@@ -279,8 +329,8 @@ impl Generation {
     /// A sequence that never ran is sent back rather than kept waiting.
     fn must_fit_elsewhere(&self) -> Result<(), RequestError> {
         match self.place() {
-            Some(_) => Ok(()),
-            None => Err(RequestError::Overloaded {
+            Some(_) if self.dispatch.may_retry() => Ok(()),
+            _ => Err(RequestError::Overloaded {
                 retry_after: self.dispatch.retry_after(),
             }),
         }
@@ -296,12 +346,11 @@ impl Generation {
             if let Some(place) = self.place() {
                 let submit = self.submission(&place);
                 let permit = self.permit.take();
-                let submitted = place.connected.session.submit(submit, permit);
+                let session = &place.connected.session;
+                let submitted = session.submit(submit, place.uncached, permit);
                 match timeout_at(deadline, submitted).await {
                     Ok(Ok(attachment)) => {
-                        let model = &place.connected.model;
-                        self.numerics_id.clone_from(&model.description.numerics_id);
-                        self.at = Some((place, attachment));
+                        self.settle(place, attachment);
                         return Ok(());
                     }
                     Ok(Err(Closed(permit))) => self.permit = permit,
@@ -323,6 +372,22 @@ impl Generation {
                 });
             }
         }
+    }
+
+    fn settle(&mut self, place: Place, attachment: Attachment) {
+        let model = &place.connected.model;
+        self.numerics_id.clone_from(&model.description.numerics_id);
+        let metrics = &self.dispatch.metrics;
+        metrics.placed_tokens.inc_by(place.cached + place.uncached);
+        metrics.placed_cached_tokens.inc_by(place.cached);
+        self.at = Some(Stay {
+            attachment,
+            address: place.address,
+            connected: place.connected,
+            pass: place.pass,
+            proven: false,
+            _coming: place.coming,
+        });
     }
 
     fn submission(&self, place: &Place) -> Submit {

@@ -7,6 +7,7 @@
 mod admission;
 mod answer;
 mod api;
+mod breaker;
 mod cluster;
 mod config;
 mod drain;
@@ -17,17 +18,22 @@ mod link;
 mod metrics;
 mod model;
 mod output;
+mod pages;
+mod place;
 mod placement;
 mod request;
+mod retry;
 mod server;
 mod service;
 mod session;
 mod status;
 #[cfg(test)]
 mod testing;
+mod watchdog;
 mod worker;
 
 pub use config::{RouterArgs, RouterConfig};
 pub use error::RouterError;
 pub use keys::ApiKeys;
+pub use placement::{Routing, RoutingError};
 pub use server::{Server, run};

@@ -6,17 +6,21 @@ use shoal_fabric::net::{self, NetError};
 use shoal_proto::{
     PROTOCOL_VERSION,
     worker::{
-        DescribeRequest, FetchTokenizerRequest, ModelDescription, WorkerFrame,
-        worker_client::WorkerClient, worker_frame::Frame,
+        BulkRequest, DescribeRequest, FetchTokenizerRequest, FollowPages, ModelDescription,
+        WorkerFrame, bulk_frame, bulk_request, worker_client::WorkerClient, worker_frame::Frame,
     },
 };
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
-use tonic::{Streaming, transport::Channel};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, MissedTickBehavior, interval, timeout},
+};
+use tonic::{Code, Status, Streaming, transport::Channel};
 
 use crate::{
     cluster::{Cluster, LinkConfig},
     model::{BundleError, BundleHash, Model, TextModel},
     session::Session,
+    watchdog::{Suspicion, Watchdog},
     worker::{Connected, Worker},
 };
 
@@ -27,7 +31,12 @@ const MAX_BUNDLE: usize = 256 << 20;
 /// Largest frame of a worker: one step's output with prompt log-probabilities.
 const MAX_FRAME: usize = 64 << 20;
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+/// Short, since a worker that is back should not wait for work.
+const LONGEST_BACKOFF: Duration = Duration::from_millis(500);
+/// A link that has been good for so long starts its backoff anew.
+const SOUND: Duration = Duration::from_secs(5);
+/// A suspected worker that shows no life for so long is disconnected.
+const LONGEST_SUSPICION: Duration = Duration::from_secs(10);
 
 /// Why a link ended.
 #[derive(Debug, thiserror::Error)]
@@ -50,10 +59,8 @@ enum LinkError {
     Timeout(#[from] tokio::time::error::Elapsed),
     #[error("the session ended")]
     Ended,
-    #[error("no frame for {0:?}")]
-    Silent(Duration),
-    #[error("no step for {0:?} with work at hand")]
-    Stalled(Duration),
+    #[error("{0:?} for {1:?}")]
+    Lifeless(Suspicion, Duration),
 }
 
 /// Connects, and again after a loss with jittered exponential backoff; ends when its future
@@ -65,17 +72,23 @@ pub(crate) async fn keep(cluster: Arc<Cluster>, worker: Arc<Worker>, config: Lin
         config,
     };
     let mut backoff = FIRST_BACKOFF;
+    let mut failing = false;
     loop {
         let started = Instant::now();
         let end = link.once().await;
-        link.cluster.disconnect(&link.worker);
-        if let Err(error) = end {
-            tracing::warn!(worker = %link.worker.address, %error, "worker lost");
+        let was_up = link.cluster.disconnect(&link.worker);
+        match end {
+            Err(error) if was_up || !failing => {
+                tracing::warn!(worker = %link.worker.address, %error, "no link to the worker");
+            }
+            Err(error) => tracing::debug!(worker = %link.worker.address, %error, "still no link"),
+            Ok(()) => {}
         }
+        failing = true;
         if link.cluster.forget(&link.worker) {
             return;
         }
-        if started.elapsed() > LONGEST_BACKOFF {
+        if was_up && started.elapsed() > SOUND {
             backoff = FIRST_BACKOFF;
         }
         let pause = backoff.mul_f64(rand::random_range(0.5..1.0));
@@ -110,8 +123,7 @@ impl Link {
             });
         }
         let text = timeout(CALL_TIMEOUT, self.text(&mut client, &description)).await??;
-        let ping_interval = self.config.silence / 4;
-        let (session, frames) = Session::new(ping_interval);
+        let (session, frames) = Session::new(self.config.silence / 4);
         // Ends the outgoing stream should this future be dropped.
         let session = CloseOnDrop(session);
         let frames = timeout(CALL_TIMEOUT, client.session(frames)).await??;
@@ -123,10 +135,16 @@ impl Link {
             epoch = model.description.epoch,
             "worker connected"
         );
-        let connected = Arc::new(Connected::new(model, session.0.clone(), client));
+        let connected = Arc::new(Connected::new(model, session.0.clone(), client.clone()));
         self.cluster.connect(&self.worker, connected.clone());
-        self.read(&connected, frames.into_inner(), ping_interval)
-            .await
+        let end = tokio::select! {
+            end = self.read(&connected, frames.into_inner()) => end,
+            () = self.follow(&connected, client) => Ok(()),
+        };
+        if connected.session.placed().sequences > 0 {
+            self.worker.breaker.fail();
+        }
+        end
     }
 
     async fn text(
@@ -160,63 +178,129 @@ impl Link {
 
     async fn read(
         &self,
-        connected: &Connected,
+        connected: &Arc<Connected>,
         mut frames: Streaming<WorkerFrame>,
-        ping_interval: Duration,
     ) -> Result<(), LinkError> {
-        let (silence, stall) = (self.config.silence, self.config.stall);
-        let mut watchdog = interval(ping_interval.min(stall / 4));
-        watchdog.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut heard = Instant::now();
-        let (mut step, mut progress) = (0, heard);
+        let mut dog = Watchdog::new(self.config.silence, self.config.stall);
+        let mut look = interval(dog.interval());
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
+                biased;
                 frame = frames.message() => {
                     let frame = frame?.ok_or(LinkError::Ended)?.frame;
-                    heard = Instant::now();
-                    match frame {
-                        Some(Frame::Step(output)) => {
-                            (step, progress) = (output.step, heard);
-                            if let Some(load) = output.load {
-                                connected.set_load(load);
-                            }
-                            connected.session.deliver(output);
-                        }
-                        Some(Frame::Rejected(rejected)) => connected.session.reject(rejected),
-                        Some(Frame::State(change)) => {
-                            tracing::info!(
-                                worker = %self.worker.address,
-                                state = change.state().as_str_name(),
-                                "worker changed"
-                            );
-                            connected.set_state(change.state());
-                            self.cluster.changed();
-                        }
-                        Some(Frame::Pong(pong)) => {
-                            if let Some(load) = pong.load {
-                                connected.set_load(load);
-                            }
-                            if pong.step != step {
-                                (step, progress) = (pong.step, heard);
-                            }
-                        }
-                        // A frame of a newer worker.
-                        None => {}
+                    dog.hear();
+                    // None is a frame of a newer worker.
+                    if let Some(frame) = frame {
+                        self.take(connected, frame, &mut dog);
+                    }
+                    if dog.suspicion().is_none() && connected.set_suspected(false) {
+                        tracing::info!(worker = %self.worker.address, "the worker is back");
+                        self.cluster.changed();
                     }
                 }
-                now = watchdog.tick() => {
-                    if now.duration_since(heard) > silence {
-                        return Err(LinkError::Silent(silence));
-                    }
-                    if connected.session.placed().sequences == 0 {
-                        progress = now;
-                    } else if now.duration_since(progress) > stall {
-                        return Err(LinkError::Stalled(stall));
+                due = look.tick() => {
+                    dog.check(due, connected.session.placed().sequences > 0);
+                    if let Some((suspicion, time)) = dog.suspicion() {
+                        self.suspect(connected, suspicion, time)?;
                     }
                 }
             }
         }
     }
+
+    fn take(&self, connected: &Connected, frame: Frame, dog: &mut Watchdog) {
+        match frame {
+            Frame::Step(output) => {
+                dog.hear_step(output.step);
+                if let Some(load) = output.load {
+                    connected.set_load(load);
+                }
+                connected.session.deliver(output);
+            }
+            Frame::Rejected(rejected) => connected.session.reject(rejected),
+            Frame::State(change) => {
+                tracing::info!(
+                    worker = %self.worker.address,
+                    state = change.state().as_str_name(),
+                    "worker changed"
+                );
+                connected.set_state(change.state());
+                self.cluster.changed();
+            }
+            Frame::Pong(pong) => {
+                dog.hear_step(pong.step);
+                dog.hear_expected(Duration::from_millis(pong.expected_step_ms.into()));
+                if let Some(load) = pong.load {
+                    connected.set_load(load);
+                }
+            }
+        }
+    }
+
+    /// The worker gets nothing new, and what it has moves where it can.
+    fn suspect(
+        &self,
+        connected: &Arc<Connected>,
+        suspicion: Suspicion,
+        time: Duration,
+    ) -> Result<(), LinkError> {
+        if connected.set_suspected(true) {
+            tracing::warn!(worker = %self.worker.address, ?suspicion, "worker suspected");
+            self.cluster.metrics.suspicions.inc();
+            self.worker.breaker.fail();
+            self.cluster.changed();
+        }
+        if time > LONGEST_SUSPICION {
+            return Err(LinkError::Lifeless(suspicion, time));
+        }
+        if connected.session.placed().sequences > 0 && self.cluster.has_other(connected) {
+            connected.session.evict();
+        }
+        Ok(())
+    }
+
+    /// Keeps the index of the worker's prefix cache; ends with the future.
+    async fn follow(&self, connected: &Connected, mut client: WorkerClient<Channel>) {
+        loop {
+            if let Err(status) = follow_once(connected, &mut client).await {
+                if status.code() == Code::Unimplemented {
+                    // Placement goes without.
+                    std::future::pending::<()>().await;
+                }
+                tracing::debug!(worker = %self.worker.address, %status, "bulk stream lost");
+            }
+            tokio::time::sleep(LONGEST_BACKOFF).await;
+        }
+    }
+}
+
+/// One stream of changes, until it ends.
+async fn follow_once(
+    connected: &Connected,
+    client: &mut WorkerClient<Channel>,
+) -> Result<(), Status> {
+    let (ask, mut asked) = mpsc::channel(1);
+    let follow = || BulkRequest {
+        request: Some(bulk_request::Request::FollowPages(FollowPages {})),
+    };
+    let requests = async_stream::stream! {
+        yield follow();
+        while let Some(request) = asked.recv().await {
+            yield request;
+        }
+    };
+    let mut frames = client.bulk(requests).await?.into_inner();
+    while let Some(frame) = frames.message().await? {
+        if let Some(bulk_frame::Frame::Pages(batch)) = frame.frame
+            && let Err(gap) = connected.pages.apply(&batch)
+        {
+            tracing::debug!(%gap, "a snapshot is asked for");
+            // Where one is asked for already, it will do.
+            let _ = ask.try_send(follow());
+        }
+    }
+    Ok(())
 }
 
 struct CloseOnDrop(Arc<Session>);

@@ -74,6 +74,10 @@ pub(crate) struct ModelMetrics {
 pub(crate) struct Metrics {
     pub(crate) requests: Family<RequestLabels, Counter>,
     pub(crate) resubmissions: Counter,
+    pub(crate) refused_retries: Counter,
+    pub(crate) suspicions: Counter,
+    pub(crate) placed_tokens: Counter,
+    pub(crate) placed_cached_tokens: Counter,
     rejects: Family<RejectLabels, Counter>,
     time_to_first_token: Family<ModelLabels, Histogram>,
     inter_token: Family<ModelLabels, Histogram>,
@@ -91,6 +95,10 @@ impl Metrics {
         let new = Self {
             requests: Family::default(),
             resubmissions: Counter::default(),
+            refused_retries: Counter::default(),
+            suspicions: Counter::default(),
+            placed_tokens: Counter::default(),
+            placed_cached_tokens: Counter::default(),
             rejects: Family::default(),
             time_to_first_token: Family::new_with_constructor(latency_histogram),
             inter_token: Family::new_with_constructor(step_histogram),
@@ -112,6 +120,26 @@ impl Metrics {
                 "resubmissions",
                 "Sequences given to another worker, or to the same one again",
                 m.resubmissions,
+            );
+            r.register(
+                "refused_retries",
+                "Sequences that were not tried again because the retry budget was spent",
+                m.refused_retries,
+            );
+            r.register(
+                "worker_suspicions",
+                "Times a worker was taken for dead or hung",
+                m.suspicions,
+            );
+            r.register(
+                "placed_tokens",
+                "Tokens of placed sequences, prompt and resumed output",
+                m.placed_tokens,
+            );
+            r.register(
+                "placed_cached_tokens",
+                "Of those, the ones that the index of pages says the worker holds",
+                m.placed_cached_tokens,
             );
             r.register(
                 "rejects",
@@ -233,6 +261,21 @@ impl Collector for StateCollector {
             "worker_running",
             "Sequences that the worker runs for all routers, as it said last",
             |w| w.running.into(),
+        )?;
+        family(
+            "worker_suspected",
+            "The worker has given no sign of life for too long",
+            |w| w.suspected.into(),
+        )?;
+        family(
+            "worker_breaker_open",
+            "The worker failed several sequences in a row and is kept free of them",
+            |w| w.breaker_open.into(),
+        )?;
+        family(
+            "worker_cached_pages",
+            "Pages of the worker's prefix cache that this router knows",
+            |w| w.cached_pages as i64,
         )
     }
 }
@@ -243,7 +286,11 @@ pub(crate) struct WorkerStatus {
     pub(crate) worker: Arc<str>,
     pub(crate) up: bool,
     pub(crate) ready: bool,
+    pub(crate) suspected: bool,
+    pub(crate) breaker_open: bool,
     pub(crate) sequences: u32,
     /// As the worker said last.
     pub(crate) running: u32,
+    /// Pages of the index.
+    pub(crate) cached_pages: usize,
 }

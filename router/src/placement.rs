@@ -1,5 +1,8 @@
 //! Which worker takes a sequence: the one that is predicted to finish it first.
 
+use std::str::FromStr;
+
+use shoal_core::Class;
 use shoal_proto::worker::Load;
 
 use crate::session::Placed;
@@ -44,15 +47,59 @@ impl std::ops::SubAssign for Work {
     }
 }
 
-/// What is known of a worker that could take it.
+/// What is known of a worker that could take a sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Candidate {
     /// As it reported last.
     pub(crate) load: Load,
-    /// What this router put there.
+    /// What this router had there when the report came; the rest of the load is others'.
+    pub(crate) reported: Placed,
+    /// What this router has there now.
     pub(crate) placed: Placed,
-    /// It holds the conversation's earlier turns.
-    pub(crate) affine: bool,
+    /// Tokens of the sequence that need no prefill here.
+    pub(crate) cached: f64,
+}
+
+/// How a worker is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Routing {
+    /// The lowest predicted time: queue, prefill of what is not cached, decode.
+    #[default]
+    Cost,
+    /// One after the other.
+    RoundRobin,
+    /// The fewest sequences.
+    LeastLoad,
+    /// The fewer sequences of two drawn at random (Mitzenmacher 2001).
+    PowerOfTwo,
+}
+
+impl FromStr for Routing {
+    type Err = RoutingError;
+
+    fn from_str(name: &str) -> Result<Self, RoutingError> {
+        match name {
+            "cost" => Ok(Self::Cost),
+            "round-robin" => Ok(Self::RoundRobin),
+            "least-load" => Ok(Self::LeastLoad),
+            "power-of-two" => Ok(Self::PowerOfTwo),
+            _ => Err(RoutingError { given: name.into() }),
+        }
+    }
+}
+
+/// Not a way to choose.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the routing is cost, round-robin, least-load or power-of-two, not {given:?}")]
+pub struct RoutingError {
+    given: String,
+}
+
+impl RoutingError {
+    /// What to do about it.
+    pub fn class(&self) -> Class {
+        Class::Fatal
+    }
 }
 
 /// Prompt tokens per second.
@@ -75,35 +122,85 @@ fn measured(rate: f64, prior: f64) -> f64 {
 }
 
 impl Candidate {
-    /// Predicted seconds until the work is done here:
+    /// Sequences there: this router's own, and those of others.
+    fn rows(&self) -> f64 {
+        let reported = self.load.running.saturating_add(self.load.waiting);
+        let others = reported.saturating_sub(self.reported.sequences);
+        f64::from(others) + f64::from(self.placed.sequences)
+    }
+
+    /// Tokens that wait for their prefill there.
+    fn waiting(&self) -> f64 {
+        let reported = self.load.waiting_uncached_tokens;
+        let others = reported.saturating_sub(self.reported.unstarted_tokens);
+        others as f64 + self.placed.unstarted_tokens as f64
+    }
+
+    /// Predicted seconds that the worker's load adds to the work:
     ///
-    /// `(waiting + prompt) / prefill_tps + output · (rows + 1) / decode_tps + λ · kv / (1 − kv)`
-    ///
-    /// A report is older than this router's own placements, so each quantity is the larger of
-    /// the reported and the placed. The prompt of an affine worker counts as cached.
-    fn seconds(&self, work: &Work) -> f64 {
-        let load = &self.load;
-        let waiting = load
-            .waiting_uncached_tokens
-            .max(self.placed.unstarted_tokens);
-        let rows = load.running.saturating_add(load.waiting);
-        let rows = f64::from(rows.max(self.placed.sequences));
-        let prompt = if self.affine { 0.0 } else { work.prompt };
-        let kv = measured(load.kv_usage, 0.0).min(0.99);
-        (waiting as f64 + prompt) / prefill_tps(load)
-            + work.output * (rows + 1.0) / decode_tps(load)
+    /// `waiting / prefill_tps + output · rows / decode_tps + λ · kv / (1 − kv)`
+    fn backlog(&self, work: &Work) -> f64 {
+        let kv = measured(self.load.kv_usage, 0.0).min(0.99);
+        self.waiting() / prefill_tps(&self.load)
+            + work.output * self.rows() / decode_tps(&self.load)
             + KV_PRESSURE * kv / (1.0 - kv)
+    }
+
+    /// Predicted seconds until the work is done here, where the least loaded candidate has
+    /// `least` of backlog:
+    ///
+    /// `backlog + prompt / prefill_tps − credit + output / decode_tps`
+    ///
+    /// The credit is the saved prefill `s`, decayed as `s / (1 + excess / s)` by the backlog
+    /// in excess of the least: a prefix that everybody asks for spreads over workers before
+    /// the queue at its first one has eaten all that it saves.
+    fn seconds(&self, work: &Work, least: f64) -> f64 {
+        let (prefill, decode) = (prefill_tps(&self.load), decode_tps(&self.load));
+        let backlog = self.backlog(work);
+        let saved = self.cached / prefill;
+        let credit = match saved + backlog - least {
+            0.0 => 0.0,
+            sum => saved * saved / sum,
+        };
+        backlog + work.prompt / prefill - credit + work.output / decode
+    }
+}
+
+/// The index of the candidate that `routing` takes; `turn` counts the choices so far.
+pub(crate) fn choose(
+    routing: Routing,
+    candidates: &[Candidate],
+    work: &Work,
+    turn: usize,
+) -> Option<usize> {
+    let count = candidates.len();
+    let rows = |i: &usize| candidates[*i].rows() as u64;
+    match routing {
+        _ if count == 0 => None,
+        Routing::Cost => cheapest(candidates, work),
+        Routing::RoundRobin => Some(turn % count),
+        // Equal ones take turns.
+        Routing::LeastLoad => (turn..turn + count).map(|i| i % count).min_by_key(rows),
+        Routing::PowerOfTwo => {
+            let first = rand::random_range(0..count);
+            let second = (first + rand::random_range(1..count.max(2))) % count;
+            [first, second].into_iter().min_by_key(rows)
+        }
     }
 }
 
 /// The index of the cheapest candidate; the fewest placed sequences win where the cost is
 /// equal, then the first.
-pub(crate) fn cheapest(candidates: &[Candidate], work: &Work) -> Option<usize> {
-    let cost = |i: usize| (candidates[i].seconds(work), candidates[i].placed.sequences);
-    (0..candidates.len()).min_by(|&i, &j| {
-        let ((a, m), (b, n)) = (cost(i), cost(j));
-        a.total_cmp(&b).then(m.cmp(&n))
-    })
+fn cheapest(candidates: &[Candidate], work: &Work) -> Option<usize> {
+    let backlogs = candidates.iter().map(|c| c.backlog(work));
+    let least = backlogs.fold(f64::INFINITY, f64::min);
+    let costs = candidates
+        .iter()
+        .map(|c| (c.seconds(work, least), c.placed.sequences));
+    let cheapest = costs
+        .enumerate()
+        .min_by(|(_, (a, m)), (_, (b, n))| a.total_cmp(b).then(m.cmp(n)));
+    cheapest.map(|(i, _)| i)
 }
 
 #[cfg(test)]
@@ -130,22 +227,34 @@ mod tests {
         output: 10.0,
     };
 
+    fn cheapest(candidates: &[Candidate]) -> usize {
+        choose(Routing::Cost, candidates, &WORK, 0).unwrap()
+    }
+
     #[test]
     fn nobody_is_no_choice() {
-        assert_eq!(cheapest(&[], &WORK), None);
+        for routing in ["cost", "round-robin", "least-load", "power-of-two"] {
+            let routing = routing.parse().unwrap();
+            assert_eq!(choose(routing, &[], &WORK, 3), None);
+            assert_eq!(
+                choose(routing, &[candidate(measured_load())], &WORK, 3),
+                Some(0)
+            );
+        }
+        assert!("random".parse::<Routing>().is_err());
     }
 
     #[test]
     fn cost_is_in_seconds() {
         let idle = candidate(measured_load());
-        assert!((idle.seconds(&WORK) - 0.2).abs() < 1e-9);
+        assert!((idle.seconds(&WORK, 0.0) - 0.2).abs() < 1e-9);
         let busy = candidate(Load {
             waiting_uncached_tokens: 400,
             running: 3,
             kv_usage: 0.5,
             ..measured_load()
         });
-        assert!((busy.seconds(&WORK) - (0.5 + 0.4 + 0.05)).abs() < 1e-9);
+        assert!((busy.seconds(&WORK, 0.0) - (0.5 + 0.4 + 0.05)).abs() < 1e-9);
     }
 
     #[test]
@@ -156,16 +265,16 @@ mod tests {
             decode_tps: 400.0,
             ..Load::default()
         });
-        assert_eq!(cheapest(&[slow, fast], &WORK), Some(1));
+        assert_eq!(cheapest(&[slow, fast]), 1);
         fast.load.waiting_uncached_tokens = 4000;
-        assert_eq!(cheapest(&[slow, fast], &WORK), Some(0));
+        assert_eq!(cheapest(&[slow, fast]), 0);
     }
 
     #[test]
     fn own_placements_spread_a_burst_between_reports() {
         let mut workers = [candidate(measured_load()); 3];
         for _ in 0..30 {
-            let chosen = cheapest(&workers, &WORK).unwrap();
+            let chosen = cheapest(&workers);
             workers[chosen].placed.sequences += 1;
             workers[chosen].placed.unstarted_tokens += 100;
         }
@@ -173,15 +282,77 @@ mod tests {
     }
 
     #[test]
-    fn affinity_is_a_credit_and_melts_under_load() {
+    fn the_load_of_other_routers_counts_beside_the_own() {
+        let placed = Placed {
+            sequences: 4,
+            unstarted_tokens: 100,
+        };
+        let shared = Candidate {
+            load: Load {
+                running: 5,
+                waiting: 1,
+                waiting_uncached_tokens: 300,
+                ..measured_load()
+            },
+            reported: placed,
+            placed: Placed {
+                sequences: 7,
+                unstarted_tokens: 400,
+            },
+            cached: 0.0,
+        };
+        assert_eq!((shared.rows(), shared.waiting()), (9.0, 600.0));
+        // A report that is older than the placements it should count is no negative load.
+        let early = Candidate {
+            load: measured_load(),
+            reported: placed,
+            placed,
+            cached: 0.0,
+        };
+        assert_eq!((early.rows(), early.waiting()), (4.0, 100.0));
+    }
+
+    #[test]
+    fn a_cached_prefix_is_a_credit_that_melts_under_load() {
         let other = candidate(measured_load());
         let mut home = Candidate {
-            affine: true,
+            cached: 100.0,
             ..other
         };
-        assert_eq!(cheapest(&[other, home], &WORK), Some(1));
-        home.load.running = 2;
-        assert_eq!(cheapest(&[other, home], &WORK), Some(0));
+        assert_eq!(cheapest(&[other, home]), 1);
+        // Saves 0.1 s; an excess of 0.05 s leaves 0.067 of it, one of 0.07 s 0.059.
+        home.load.waiting_uncached_tokens = 50;
+        assert_eq!(cheapest(&[other, home]), 1);
+        home.load.waiting_uncached_tokens = 70;
+        assert_eq!(cheapest(&[other, home]), 0);
+    }
+
+    #[test]
+    fn a_hot_prefix_does_not_pile_up() {
+        let mut workers = [candidate(measured_load()); 4];
+        workers[2].cached = 96.0;
+        for _ in 0..40 {
+            let chosen = cheapest(&workers);
+            // Whoever computes it has it from then on.
+            let uncached = (100.0 - workers[chosen].cached) as u64;
+            workers[chosen].cached = 96.0;
+            workers[chosen].placed.sequences += 1;
+            workers[chosen].placed.unstarted_tokens += uncached;
+        }
+        let most = workers.iter().map(|w| w.placed.sequences).max();
+        assert!(most <= Some(12), "{workers:?}");
+    }
+
+    #[test]
+    fn simple_routings_do_what_they_say() {
+        let mut workers = [candidate(measured_load()); 3];
+        workers[0].placed.sequences = 2;
+        let taken = |routing, turn| choose(routing, &workers, &WORK, turn);
+        let turns: Vec<_> = (0..4).map(|t| taken(Routing::RoundRobin, t)).collect();
+        assert_eq!(turns, [Some(0), Some(1), Some(2), Some(0)]);
+        let turns: Vec<_> = (0..4).map(|t| taken(Routing::LeastLoad, t)).collect();
+        assert_eq!(turns, [Some(1), Some(1), Some(2), Some(1)]);
+        assert!((0..100).all(|t| taken(Routing::PowerOfTwo, t) != Some(0)));
     }
 
     #[test]
@@ -193,6 +364,6 @@ mod tests {
             ..Load::default()
         });
         let sane = candidate(measured_load());
-        assert_eq!(cheapest(&[odd, sane], &WORK), Some(1));
+        assert_eq!(cheapest(&[odd, sane]), 1);
     }
 }

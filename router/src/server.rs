@@ -57,11 +57,17 @@ impl Server {
         let Self { listener, config } = self;
         let address = listener.local_addr().map_err(RouterError::Address)?;
         let (own, record) = watch::channel(own(config.name, config.advertise, address)?);
-        // Links outlive the shutdown's start: open answers still need them.
-        let cluster = Cluster::start(config.membership.as_ref(), config.link, &shutdown);
-        let admission = Admission::new(config.admission);
         let registry = Registry::default();
         let metrics = Metrics::new(&registry);
+        // Links outlive the shutdown's start: open answers still need them.
+        let cluster = Cluster::start(
+            config.membership.as_ref(),
+            config.link,
+            config.routing,
+            metrics.clone(),
+            &shutdown,
+        );
+        let admission = Admission::new(config.admission);
         let state = StateCollector {
             admission: Arc::downgrade(&admission),
             cluster: Arc::downgrade(&cluster),

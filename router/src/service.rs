@@ -161,7 +161,9 @@ impl Service {
         if !self.cluster.is_ready() {
             return Err(RequestError::NoWorker);
         }
-        let ticket = self.admission.enter(self.cluster.throughput())?;
+        let ticket = self
+            .admission
+            .enter(self.cluster.throughput(), arrival.deadline)?;
         let job = Job::new(request, arrival, model, self.default_max_tokens).await?;
         let job = Arc::new(job);
         Span::current()

@@ -111,7 +111,7 @@ impl Slot {
 #[derive(Debug)]
 struct Entry {
     slot: Arc<Slot>,
-    /// Prompt tokens, until the first output shows that they are computed.
+    /// Tokens to prefill, until the first output shows that they are computed.
     unstarted: u64,
     /// The worker is told to end it.
     cancelled: bool,
@@ -122,7 +122,7 @@ struct Table {
     entries: HashMap<u64, Entry>,
     /// Sum of the entries' `unstarted`.
     unstarted: u64,
-    /// Not yet sent; at most one per entry.
+    /// Not yet sent; at most one per attempt.
     cancels: Vec<Cancel>,
     closed: bool,
 }
@@ -143,7 +143,7 @@ impl Table {
 pub(crate) struct Placed {
     /// Sequences without their end.
     pub(crate) sequences: u32,
-    /// Prompt tokens of those without an output.
+    /// Tokens to prefill of those without an output.
     pub(crate) unstarted_tokens: u64,
 }
 
@@ -175,10 +175,12 @@ impl Session {
         (session, frames)
     }
 
-    /// Sends a sequence to the worker. Cancel-safe: dropping the future withdraws it.
+    /// Sends a sequence to the worker, which has to prefill `uncached` of its tokens.
+    /// Cancel-safe: dropping the future withdraws it.
     pub(crate) async fn submit(
         self: &Arc<Self>,
         submit: Submit,
+        uncached: u64,
         permit: Option<Permit>,
     ) -> Result<Attachment, Closed> {
         let (sequence, attempt) = (submit.sequence, submit.attempt);
@@ -193,16 +195,15 @@ impl Session {
             }),
             wake: Notify::new(),
         });
-        let unstarted = (submit.prompt.len() + submit.resume.len()) as u64;
         {
             let mut table = lock(&self.table);
             if table.closed {
                 return Err(Closed(lock(&slot.state).permit.take()));
             }
-            table.unstarted += unstarted;
+            table.unstarted += uncached;
             let entry = Entry {
                 slot: slot.clone(),
-                unstarted,
+                unstarted: uncached,
                 cancelled: false,
             };
             table.entries.insert(sequence, entry);
@@ -262,6 +263,26 @@ impl Session {
             table.unstarted = 0;
             table.cancels = Vec::new();
             std::mem::take(&mut table.entries)
+        };
+        for entry in entries.into_values() {
+            entry.slot.end(Event::Lost);
+        }
+        self.wake.notify_one();
+    }
+
+    /// Ends every sequence as lost, here and at the worker; the session goes on.
+    pub(crate) fn evict(&self) {
+        let entries = {
+            let mut table = lock(&self.table);
+            table.unstarted = 0;
+            let entries = std::mem::take(&mut table.entries);
+            let kept = entries.iter().filter(|(_, entry)| !entry.cancelled);
+            let cancels = kept.map(|(&sequence, entry)| Cancel {
+                sequence,
+                attempt: entry.slot.attempt,
+            });
+            table.cancels.extend(cancels);
+            entries
         };
         for entry in entries.into_values() {
             entry.slot.end(Event::Lost);

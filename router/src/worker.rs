@@ -12,15 +12,31 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
-use crate::{model::Model, session::Session};
+use crate::{
+    breaker::Breaker,
+    metrics::WorkerStatus,
+    model::Model,
+    pages::PageIndex,
+    placement::Candidate,
+    session::{Placed, Session},
+};
+
+/// What a worker reported, and what this router had there then.
+#[derive(Clone, Copy, Debug, Default)]
+struct Report {
+    load: Load,
+    placed: Placed,
+}
 
 /// An open session to a worker.
 #[derive(Debug)]
 pub(crate) struct Connected {
     pub(crate) model: Arc<Model>,
     pub(crate) session: Arc<Session>,
+    pub(crate) pages: Arc<PageIndex>,
     state: AtomicI32,
-    load: ArcSwap<Load>,
+    suspected: AtomicBool,
+    report: ArcSwap<Report>,
     client: WorkerClient<Channel>,
 }
 
@@ -30,9 +46,12 @@ impl Connected {
         session: Arc<Session>,
         client: WorkerClient<Channel>,
     ) -> Self {
+        let description = &model.description;
         Self {
-            state: AtomicI32::new(model.description.state),
-            load: ArcSwap::default(),
+            pages: Arc::new(PageIndex::new(description.epoch, description.pages)),
+            state: AtomicI32::new(description.state),
+            suspected: AtomicBool::new(false),
+            report: ArcSwap::default(),
             model,
             session,
             client,
@@ -44,8 +63,19 @@ impl Connected {
         WorkerState::try_from(state).unwrap_or_default()
     }
 
+    /// Whether it takes sequences.
     pub(crate) fn is_ready(&self) -> bool {
-        self.state() == WorkerState::Ready
+        self.state() == WorkerState::Ready && !self.is_suspected()
+    }
+
+    /// Whether it has given no sign of life for too long.
+    pub(crate) fn is_suspected(&self) -> bool {
+        self.suspected.load(Ordering::Acquire)
+    }
+
+    /// True: that is news.
+    pub(crate) fn set_suspected(&self, suspected: bool) -> bool {
+        self.suspected.swap(suspected, Ordering::AcqRel) != suspected
     }
 
     pub(crate) fn set_state(&self, state: WorkerState) {
@@ -53,12 +83,24 @@ impl Connected {
     }
 
     pub(crate) fn set_load(&self, load: Load) {
-        self.load.store(Arc::new(load));
+        let placed = self.session.placed();
+        self.report.store(Arc::new(Report { load, placed }));
     }
 
     /// As the worker said last.
     pub(crate) fn load(&self) -> Load {
-        **self.load.load()
+        self.report.load().load
+    }
+
+    /// As a candidate for a sequence of which `cached` tokens need no prefill here.
+    pub(crate) fn candidate(&self, cached: f64) -> Candidate {
+        let report = self.report.load();
+        Candidate {
+            load: report.load,
+            reported: report.placed,
+            placed: self.session.placed(),
+            cached,
+        }
     }
 
     /// For calls beside the session.
@@ -76,6 +118,7 @@ pub(crate) struct Worker {
     /// As the membership tells of it.
     member: ArcSwap<Member>,
     connected: ArcSwapOption<Connected>,
+    pub(crate) breaker: Arc<Breaker>,
     /// No member any more. It gets nothing new where a member can take it, and what it has
     /// goes on: its link alone says when it is gone.
     retired: AtomicBool,
@@ -91,6 +134,7 @@ impl Worker {
             address: member.address.to_string().into(),
             member: ArcSwap::from_pointee(member.clone()),
             connected: ArcSwapOption::empty(),
+            breaker: Arc::default(),
             retired: AtomicBool::new(false),
             news: Notify::new(),
             gone: CancellationToken::new(),
@@ -117,9 +161,28 @@ impl Worker {
     }
 
     /// The session is over; its sequences are lost.
-    pub(crate) fn disconnect(&self) {
-        if let Some(connected) = self.connected.swap(None) {
+    /// False: there was none.
+    pub(crate) fn disconnect(&self) -> bool {
+        let connected = self.connected.swap(None);
+        if let Some(connected) = &connected {
             connected.session.close();
+        }
+        connected.is_some()
+    }
+
+    /// For the metrics.
+    pub(crate) fn status(&self) -> WorkerStatus {
+        let connected = self.connected.load();
+        let connected = connected.as_ref();
+        WorkerStatus {
+            worker: self.address.clone(),
+            up: connected.is_some(),
+            ready: connected.is_some_and(|c| c.is_ready()),
+            suspected: connected.is_some_and(|c| c.is_suspected()),
+            breaker_open: self.breaker.is_open(),
+            sequences: connected.map_or(0, |c| c.session.placed().sequences),
+            running: connected.map_or(0, |c| c.load().running),
+            cached_pages: connected.map_or(0, |c| c.pages.len()),
         }
     }
 

@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bulk;
 mod config;
 mod error;
 mod load;
@@ -10,6 +11,7 @@ mod member;
 mod memory;
 mod metrics;
 mod outbox;
+mod pages;
 mod probes;
 mod run;
 mod service;
@@ -23,5 +25,5 @@ mod tests;
 
 pub use config::{BackendKind, ConfigError, WorkerConfig, parse_isa};
 pub use error::WorkerError;
-pub use load::LoadError;
-pub use run::run;
+pub use load::{LoadError, Loaded};
+pub use run::{run, run_with};

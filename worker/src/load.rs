@@ -20,9 +20,11 @@ use crate::memory;
 const MOST_KV: u64 = 1 << 30;
 
 /// A model, ready to run.
-pub(crate) struct Loaded {
-    pub(crate) backend: Box<dyn Backend>,
-    pub(crate) tokenizer: TokenizerBundle,
+pub struct Loaded {
+    /// Runs it.
+    pub backend: Box<dyn Backend>,
+    /// What routers need to speak to it.
+    pub tokenizer: TokenizerBundle,
 }
 
 /// Why a file gives no model.

@@ -41,14 +41,26 @@ use crate::{
 /// # Errors
 /// When it cannot listen, the model cannot be loaded or run, or the engine stops.
 pub async fn run(config: WorkerConfig, shutdown: Shutdown) -> Result<(), WorkerError> {
+    run_with(config, shutdown, load::model).await
+}
+
+/// [`run`] with any way to load a model.
+///
+/// # Errors
+/// As those of [`run`].
+pub async fn run_with(
+    config: WorkerConfig,
+    shutdown: Shutdown,
+    load: impl FnOnce(&WorkerConfig) -> Result<Loaded, LoadError> + Send + 'static,
+) -> Result<(), WorkerError> {
     config.validate()?;
     let listener = net::bind(&config.listen).await?;
     let address = listener.local_addr().map_err(WorkerError::Address)?;
     shutdown.listening(address);
-    serve(config, listener, shutdown, load::model).await
+    serve(config, listener, shutdown, load).await
 }
 
-/// [`run`] on a bound listener, with any way to load a model.
+/// [`run_with`] on a bound listener.
 pub(crate) async fn serve(
     config: WorkerConfig,
     listener: Listener,
@@ -111,7 +123,11 @@ async fn live(
     let shutdown = worker.shutdown.token();
     let drain = config.drain;
     let engine_ended = CancellationToken::new();
-    let sink = Sink::new(worker.sessions.clone(), engine_ended.clone().drop_guard());
+    let sink = Sink::new(
+        worker.sessions.clone(),
+        worker.pages.clone(),
+        engine_ended.clone().drop_guard(),
+    );
     let membership = config.membership.clone();
     let start = async {
         let load = on_own_thread(move || assemble(&config, load, sink));

@@ -4,13 +4,14 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, stream};
 use shoal_proto::worker::{
-    Chunk, DescribeRequest, DrainRequest, DrainResponse, FetchTokenizerRequest, ModelDescription,
-    RouterFrame, UndrainRequest, UndrainResponse, WorkerFrame, worker_server,
+    BulkFrame, BulkRequest, Chunk, DescribeRequest, DrainRequest, DrainResponse,
+    FetchTokenizerRequest, ModelDescription, RouterFrame, UndrainRequest, UndrainResponse,
+    WorkerFrame, worker_server,
 };
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    session,
+    bulk, session,
     sessions::Full,
     worker::{Closing, Worker},
 };
@@ -38,6 +39,7 @@ impl From<Full> for Status {
 impl worker_server::Worker for Service {
     type FetchTokenizerStream = Frames<Chunk>;
     type SessionStream = Frames<WorkerFrame>;
+    type BulkStream = Frames<BulkFrame>;
 
     async fn describe(
         &self,
@@ -72,6 +74,16 @@ impl worker_server::Worker for Service {
         let serving = worker.serving().await?;
         let seat = worker.sessions.open()?;
         let frames = session::start(worker, serving, seat, request.into_inner());
+        Ok(Response::new(Box::pin(frames)))
+    }
+
+    async fn bulk(
+        &self,
+        request: Request<Streaming<BulkRequest>>,
+    ) -> Result<Response<Self::BulkStream>, Status> {
+        let worker = self.0.clone();
+        let serving = worker.serving().await?;
+        let frames = bulk::start(worker, serving, request.into_inner());
         Ok(Response::new(Box::pin(frames)))
     }
 

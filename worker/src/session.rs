@@ -130,6 +130,7 @@ impl Session {
                 nonce,
                 step: self.serving.engine.steps(),
                 load: Some(wire::load(&self.serving.engine.load())),
+                expected_step_ms: self.serving.engine.expected_step().as_millis() as u32,
             }),
             // A frame of a newer router.
             None => {}

@@ -5,10 +5,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use shoal_engine::request::{Load, SequenceOutput, StepSink};
+use shoal_engine::request::{Load, PageChange, SequenceOutput, StepSink};
 use tokio_util::sync::DropGuard;
 
-use crate::outbox::Outbox;
+use crate::{outbox::Outbox, pages::Pages};
 
 /// The outboxes of all open sessions.
 #[derive(Debug)]
@@ -92,15 +92,17 @@ impl Drop for Seat {
 #[derive(Debug)]
 pub(crate) struct Sink {
     sessions: Arc<Sessions>,
+    pages: Arc<Pages>,
     /// Tells the end of the engine's thread.
     _ended: DropGuard,
 }
 
 impl Sink {
     /// `ended` is triggered when the engine lets the sink go.
-    pub(crate) fn new(sessions: Arc<Sessions>, ended: DropGuard) -> Self {
+    pub(crate) fn new(sessions: Arc<Sessions>, pages: Arc<Pages>, ended: DropGuard) -> Self {
         Self {
             sessions,
+            pages,
             _ended: ended,
         }
     }
@@ -119,6 +121,10 @@ impl StepSink for Sink {
         }
         // Only now, so that a session finds all of its step.
         table.outboxes.values().for_each(|outbox| outbox.wake(step));
+    }
+
+    fn cached(&mut self, changes: &[PageChange]) {
+        self.pages.change(changes);
     }
 }
 
@@ -149,7 +155,7 @@ mod tests {
         let sessions = Arc::new(Sessions::new(8, 1 << 20));
         let (a, b) = (sessions.open().unwrap(), sessions.open().unwrap());
         let ended = CancellationToken::new();
-        let mut sink = Sink::new(sessions, ended.clone().drop_guard());
+        let mut sink = Sink::new(sessions, Arc::default(), ended.clone().drop_guard());
         let mut outputs = vec![
             output(a.id, 1),
             output(b.id, 1),

@@ -12,7 +12,9 @@ use shoal_proto::worker::{ModelDescription, WorkerState};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::WorkerConfig, metrics::WorkerMetrics, sessions::Sessions, wire::Identity};
+use crate::{
+    config::WorkerConfig, metrics::WorkerMetrics, pages::Pages, sessions::Sessions, wire::Identity,
+};
 
 /// Between looks at an engine that drains.
 const DRAIN_POLL: Duration = Duration::from_millis(10);
@@ -42,6 +44,7 @@ pub(crate) struct Worker {
     serving: OnceLock<Arc<Serving>>,
     state: watch::Sender<WorkerState>,
     pub(crate) sessions: Arc<Sessions>,
+    pub(crate) pages: Arc<Pages>,
     pub(crate) metrics: WorkerMetrics,
     pub(crate) shutdown: Shutdown,
     /// The sessions end.
@@ -59,6 +62,7 @@ impl Worker {
             serving: OnceLock::new(),
             state: watch::Sender::new(WorkerState::Starting),
             sessions: Arc::new(Sessions::new(config.max_sessions, config.session_backlog)),
+            pages: Arc::default(),
             metrics: WorkerMetrics::default(),
             shutdown,
             closing: CancellationToken::new(),

@@ -81,6 +81,8 @@ pub(crate) enum ConfigError {
     },
     #[error("workers and membership both tell who the workers are: set one of them")]
     TwoMemberships,
+    #[error(transparent)]
+    Routing(#[from] shoal_router::RoutingError),
     #[error("replicas must be at least 1")]
     NoReplicas,
     #[error("the environment holds a wrong value")]

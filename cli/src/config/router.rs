@@ -67,11 +67,15 @@ pub(crate) struct RouterSettings {
     #[arg(long, env = "SHOAL_ROUTER_DRAIN", value_name = "TIME")]
     pub(crate) drain: Option<Time>,
 
-    /// A worker that says nothing for so long is taken for dead [default: 10s]
+    /// How workers are chosen: cost, round-robin, least-load or power-of-two [default: cost]
+    #[arg(long, env = "SHOAL_ROUTER_ROUTING", value_name = "ROUTING")]
+    pub(crate) routing: Option<String>,
+
+    /// A worker that says nothing for so long gets nothing new, and its streams move [default: 400ms]
     #[arg(long, env = "SHOAL_ROUTER_WORKER_SILENCE", value_name = "TIME")]
     pub(crate) worker_silence: Option<Time>,
 
-    /// A worker with work that finishes no step for so long is taken for hung [default: 1m]
+    /// The same for one with work that makes no step for so long, unless a step is predicted to take long [default: 400ms]
     #[arg(long, env = "SHOAL_ROUTER_WORKER_STALL", value_name = "TIME")]
     pub(crate) worker_stall: Option<Time>,
 
@@ -137,6 +141,10 @@ impl TryFrom<RouterSettings> for RouterArgs {
             default_max_tokens: raw.default_max_tokens.or(default.default_max_tokens),
             resume_window: time(raw.resume_window, default.resume_window),
             drain: time(raw.drain, default.drain),
+            routing: match raw.routing {
+                Some(name) => name.parse()?,
+                None => default.routing,
+            },
             worker_silence: time(raw.worker_silence, default.worker_silence),
             worker_stall: time(raw.worker_stall, default.worker_stall),
         })

@@ -25,7 +25,7 @@ type Admitted = futures::future::BoxFuture<'static, Result<Vec<Permit>, RequestE
 
 /// A request that is in the queue, or through it.
 fn request(admission: &Arc<Admission>, sequences: u32, priority: u32) -> Admitted {
-    let ticket = admission.enter(Throughput::default()).unwrap();
+    let ticket = admission.enter(Throughput::default(), far()).unwrap();
     let mut admitted = ticket.admit(sequences, WORK, priority, far()).boxed();
     match (&mut admitted).now_or_never() {
         None => admitted,
@@ -60,8 +60,24 @@ async fn a_full_queue_refuses_with_the_time_it_takes() {
         prefill: 20.0,
         decode: 5.0,
     };
-    let error = admission.enter(throughput).unwrap_err();
+    let error = admission.enter(throughput, far()).unwrap_err();
     assert!(matches!(error, RequestError::QueueFull { .. }));
+    assert_eq!(error.retry_after(), Some(Duration::from_secs(5 + 2)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_would_wait_beyond_the_deadline_is_refused_at_once() {
+    let admission = admission(1, 9);
+    let _running = through(&mut request(&admission, 1, 0)).unwrap();
+    let _waiting = request(&admission, 1, 0);
+    let throughput = Throughput {
+        prefill: 20.0,
+        decode: 5.0,
+    };
+    let within =
+        |seconds| admission.enter(throughput, Instant::now() + Duration::from_secs(seconds));
+    assert!(within(8).is_ok());
+    let error = within(6).unwrap_err();
     assert_eq!(error.retry_after(), Some(Duration::from_secs(5 + 2)));
 }
 
@@ -127,7 +143,7 @@ async fn more_choices_than_the_limit_run_alone() {
 async fn a_deadline_gives_the_place_back() {
     let admission = admission(1, 1);
     let running = through(&mut request(&admission, 1, 0)).unwrap();
-    let ticket = admission.enter(Throughput::default()).unwrap();
+    let ticket = admission.enter(Throughput::default(), far()).unwrap();
     let deadline = Instant::now() + Duration::from_secs(3);
     let error = ticket.admit(1, WORK, 0, deadline).await.unwrap_err();
     assert!(matches!(error, RequestError::Deadline));

@@ -58,7 +58,10 @@ impl Rig {
     }
 
     async fn submit(&self, attempt: u32) -> Attachment {
-        self.session.submit(submit(7, attempt), None).await.unwrap()
+        self.session
+            .submit(submit(7, attempt), 3, None)
+            .await
+            .unwrap()
     }
 
     fn deliver(&self, output: SequenceOutput) {
@@ -118,7 +121,7 @@ async fn prompts_count_until_their_first_output() {
     assert_eq!(rig.session.placed(), placed(1, 3));
     rig.deliver(output(0, 0, &[5]));
     assert_eq!(rig.session.placed(), placed(1, 0));
-    let other = rig.session.submit(submit(8, 0), None).await.unwrap();
+    let other = rig.session.submit(submit(8, 0), 3, None).await.unwrap();
     assert_eq!(rig.session.placed(), placed(2, 3));
     drop((attachment, other));
     assert_eq!(rig.session.placed(), placed(0, 0));
@@ -219,11 +222,27 @@ async fn a_closed_session_loses_what_it_has_and_takes_nothing() {
     assert!(matches!(attachment.next().await, Event::Lost));
     assert!(rig.frames.next().await.is_none());
     let (admission, permit) = permit().await;
-    let refused = rig.session.submit(submit(8, 0), Some(permit)).await;
+    let refused = rig.session.submit(submit(8, 0), 3, Some(permit)).await;
     let Closed(permit) = refused.unwrap_err();
     assert!(permit.is_some());
     drop(permit);
     assert_eq!(admission.running(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_evicted_is_lost_here_and_cancelled_there() {
+    let mut rig = Rig::new();
+    let attachment = rig.submit(0).await;
+    rig.frame().await;
+    rig.deliver(output(0, 0, &[1]));
+    rig.session.evict();
+    assert_eq!(tokens(attachment.next().await), [1]);
+    assert!(matches!(attachment.next().await, Event::Lost));
+    assert_eq!(rig.frame().await, cancel(7, 0));
+    assert_eq!(rig.session.placed(), Placed::default());
+    drop(attachment);
+    let _again = rig.submit(1).await;
+    assert_eq!(rig.frame().await, Frame::Submit(submit(7, 1)));
 }
 
 async fn permit() -> (Arc<Admission>, Permit) {
@@ -231,8 +250,8 @@ async fn permit() -> (Arc<Admission>, Permit) {
         max_running: 1,
         max_waiting: 1,
     });
-    let ticket = admission.enter(Throughput::default()).unwrap();
     let far = tokio::time::Instant::now() + Duration::from_secs(60);
+    let ticket = admission.enter(Throughput::default(), far).unwrap();
     let permits = ticket.admit(1, Work::default(), 0, far).await.unwrap();
     (admission, permits.into_iter().next().unwrap())
 }
@@ -242,7 +261,7 @@ async fn the_permit_ends_with_the_worker_not_with_the_client() {
     for (finish, kept) in [(Finish::Stop, false), (Finish::Preempted, true)] {
         let rig = Rig::new();
         let (admission, permit) = permit().await;
-        let submitted = rig.session.submit(submit(7, 0), Some(permit)).await;
+        let submitted = rig.session.submit(submit(7, 0), 3, Some(permit)).await;
         let attachment = submitted.unwrap();
         rig.deliver(output(0, 0, &[1]));
         assert_eq!(admission.running(), 1);

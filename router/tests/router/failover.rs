@@ -192,18 +192,87 @@ async fn an_idle_router_sees_what_other_routers_do() {
 }
 
 #[tokio::test]
-async fn a_worker_that_falls_silent_is_lost() {
+async fn a_stream_leaves_a_worker_that_hangs() {
+    let mut hung = Mock::gated(Script::answer(TEXT)).await;
+    let mut other = Mock::start(Script::answer(TEXT)).await;
+    // So that the one that hangs is asked first.
+    other.set_elsewhere(100);
+    let router = Router::ready(&[&hung, &other]).await;
+    router
+        .metric_becomes(&worker_metric("ready", &hung), 1.0)
+        .await;
+    router
+        .metric_becomes(&worker_metric("running", &other), 100.0)
+        .await;
+    // It answers pings, but makes no step.
+    assert_eq!(content(&router.chat(json!({})).await), TEXT);
+    assert_eq!(hung.submitted().await.attempt, 0);
+    assert_eq!(other.submitted().await.attempt, 1);
+    assert_eq!(hung.cancelled().await.attempt, 0);
+    assert_eq!(
+        router.metric(&worker_metric("suspected", &hung)).await,
+        Some(1.0)
+    );
+    router.chat(json!({})).await;
+    assert_eq!(hung.untaken(), 0);
+    // A step is a sign of life.
+    hung.advance(1);
+    router
+        .metric_becomes(&worker_metric("suspected", &hung), 0.0)
+        .await;
+    hung.step(2 * TEXT.len());
+    router.chat(json!({})).await;
+    assert_eq!(hung.submitted().await.attempt, 0);
+}
+
+#[tokio::test]
+async fn a_stream_stays_where_there_is_no_other_worker() {
     let mut mock = Mock::gated(Script::answer(TEXT)).await;
-    let mut args = args(&[&mock]);
-    args.worker_stall = std::time::Duration::from_millis(300);
-    let router = Router::ready_with(args).await;
+    let router = Router::ready(&[&mock]).await;
     let answer = router.chat(json!({}));
     let hang = async {
-        assert_eq!(mock.submitted().await.attempt, 0);
-        // It answers pings, but makes no step.
-        assert_eq!(mock.submitted().await.attempt, 1);
+        router
+            .metric_becomes(&worker_metric("suspected", &mock), 1.0)
+            .await;
         mock.step(2 * TEXT.len());
     };
     let (answer, ()) = tokio::join!(answer, hang);
     assert_eq!(content(&answer), TEXT);
+    mock.submitted().await;
+    assert_eq!(mock.untaken(), 0);
+}
+
+#[tokio::test]
+async fn a_worker_that_fails_again_and_again_is_left_alone() {
+    let script = Script {
+        preempt_at: Some(0),
+        ..Script::answer(TEXT)
+    };
+    let mut bad = Mock::start(script.clone()).await;
+    let mut good = Mock::start(Script::answer(TEXT)).await;
+    good.set_elsewhere(100);
+    let router = Router::ready(&[&bad, &good]).await;
+    router
+        .metric_becomes(&worker_metric("ready", &bad), 1.0)
+        .await;
+    router
+        .metric_becomes(&worker_metric("running", &good), 100.0)
+        .await;
+    bad.set_script(|script| script.always_preempt = true);
+    // Three in a row open the breaker; the fourth attempt goes to the other worker.
+    assert_eq!(content(&router.chat(json!({})).await), TEXT);
+    assert_eq!(good.submitted().await.attempt, 3);
+    assert_eq!(
+        router.metric(&worker_metric("breaker_open", &bad)).await,
+        Some(1.0)
+    );
+    assert_eq!(bad.untaken(), 3);
+    // One sequence at a time tries it again; its output closes the breaker.
+    bad.set_script(|script| *script = Script::answer(TEXT));
+    while bad.untaken() == 0 {
+        assert_eq!(content(&router.chat(json!({})).await), TEXT);
+    }
+    router
+        .metric_becomes(&worker_metric("breaker_open", &bad), 0.0)
+        .await;
 }

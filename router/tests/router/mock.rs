@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
 };
 
@@ -15,10 +15,10 @@ use sha2::{Digest, Sha256};
 use shoal_proto::{
     PROTOCOL_VERSION,
     worker::{
-        Cancel, Chunk, DescribeRequest, DrainRequest, DrainResponse, FetchTokenizerRequest, Finish,
-        Load, Logprob, ModelDescription, Pong, RejectReason, Rejected, RouterFrame, SequenceOutput,
-        SequenceUsage, StateChange, StepOutput, Submit, UndrainRequest, UndrainResponse,
-        WorkerFrame, WorkerState,
+        BulkFrame, BulkRequest, Cancel, Chunk, DescribeRequest, DrainRequest, DrainResponse,
+        FetchTokenizerRequest, Finish, Load, Logprob, ModelDescription, Pong, RejectReason,
+        Rejected, RouterFrame, SequenceOutput, SequenceUsage, StateChange, StepOutput, Submit,
+        UndrainRequest, UndrainResponse, WorkerFrame, WorkerState,
         router_frame::Frame as Up,
         worker_frame::Frame as Down,
         worker_server::{Worker, WorkerServer},
@@ -50,6 +50,8 @@ pub(crate) struct Script {
     pub(crate) break_at: Option<usize>,
     /// The sequence is given up at that many output tokens, once.
     pub(crate) preempt_at: Option<usize>,
+    /// Not once, but every time.
+    pub(crate) always_preempt: bool,
     pub(crate) reject: Option<RejectReason>,
     /// Every step says the last token again, as a worker that replays.
     pub(crate) repeat: bool,
@@ -63,6 +65,7 @@ impl Script {
             per_step: 1,
             break_at: None,
             preempt_at: None,
+            always_preempt: false,
             reject: None,
             repeat: false,
         }
@@ -89,6 +92,8 @@ struct Shared {
     epoch: Mutex<u64>,
     /// Sequences that other routers run here.
     elsewhere: AtomicU32,
+    /// Steps for other routers.
+    steps_elsewhere: AtomicU64,
 }
 
 /// A worker under a test's control. Dropping it is the death of its process: listener and
@@ -128,6 +133,7 @@ impl Mock {
             breaks: watch::Sender::default(),
             epoch: Mutex::new(1),
             elsewhere: AtomicU32::new(0),
+            steps_elsewhere: AtomicU64::new(0),
         });
         let mut builder = runtime::Builder::new_multi_thread();
         let runtime = builder.worker_threads(1).enable_all().build().unwrap();
@@ -151,6 +157,13 @@ impl Mock {
     /// Lets so many steps happen.
     pub(crate) fn step(&self, steps: usize) {
         self.shared.gate.add_permits(steps);
+    }
+
+    /// Counts so many steps more, as a worker does that works for others.
+    pub(crate) fn advance(&self, steps: u64) {
+        self.shared
+            .steps_elsewhere
+            .fetch_add(steps, Ordering::Relaxed);
     }
 
     pub(crate) fn set_script(&self, change: impl FnOnce(&mut Script)) {
@@ -209,6 +222,7 @@ struct Service(Arc<Shared>);
 impl Worker for Service {
     type FetchTokenizerStream = BoxStream<'static, Result<Chunk, Status>>;
     type SessionStream = BoxStream<'static, Result<WorkerFrame, Status>>;
+    type BulkStream = BoxStream<'static, Result<BulkFrame, Status>>;
 
     async fn describe(
         &self,
@@ -257,6 +271,13 @@ impl Worker for Service {
         };
         tokio::spawn(session.run(request.into_inner()));
         Ok(Response::new(ReceiverStream::new(frames).boxed()))
+    }
+
+    async fn bulk(
+        &self,
+        _: Request<Streaming<BulkRequest>>,
+    ) -> Result<Response<Self::BulkStream>, Status> {
+        Err(Status::unimplemented("as an older worker"))
     }
 
     async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
@@ -391,10 +412,12 @@ impl Session {
                 self.shared.seen.send(Seen::Cancel(cancel)).ok();
             }
             Up::Ping(ping) => {
+                let elsewhere = self.shared.steps_elsewhere.load(Ordering::Relaxed);
                 self.send(Down::Pong(Pong {
                     nonce: ping.nonce,
-                    step: self.step,
+                    step: self.step + elsewhere,
                     load: Some(self.load()),
+                    expected_step_ms: 0,
                 }))
                 .await;
             }
@@ -413,7 +436,9 @@ impl Session {
                 return false;
             }
             if script.preempt_at.is_some_and(|at| running.done >= at) {
-                self.shared.script.lock().unwrap().preempt_at = None;
+                if !script.always_preempt {
+                    self.shared.script.lock().unwrap().preempt_at = None;
+                }
                 outputs.push(SequenceOutput {
                     sequence: running.submit.sequence,
                     attempt: running.submit.attempt,

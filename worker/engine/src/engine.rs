@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shoal_core::Class;
 
@@ -51,17 +51,20 @@ impl Engine {
     ) -> Result<EngineHandle, EngineError> {
         let limits = Limits::resolve(&config, backend.as_ref())?;
         let metrics = EngineMetrics::default();
+        let numerics = backend.numerics_id();
+        let clock = Box::new(Instant::now);
+        let stepper = Stepper::new(backend, limits.clone(), metrics.clone(), clock);
         let shared = Arc::new(Shared {
-            numerics: backend.numerics_id(),
-            limits: limits.clone(),
+            numerics,
+            limits,
             started: Instant::now(),
             inbox: Mutex::default(),
             wake: Condvar::new(),
             steps: AtomicU64::new(0),
             load: Mutex::default(),
-            metrics: metrics.clone(),
+            expected: stepper.expected(),
+            metrics,
         });
-        let stepper = Stepper::new(backend, limits, metrics, Box::new(Instant::now));
         let engine = Loop {
             shared: Arc::clone(&shared),
             stepper,
@@ -107,6 +110,7 @@ struct Shared {
     inbox: Mutex<Inbox>,
     wake: Condvar,
     steps: AtomicU64,
+    expected: Arc<AtomicU64>,
     load: Mutex<Load>,
     metrics: EngineMetrics,
 }
@@ -208,6 +212,11 @@ impl EngineHandle {
     /// Steps published so far: an engine that hangs shows here.
     pub fn steps(&self) -> u64 {
         self.owner.shared.steps.load(Ordering::Relaxed)
+    }
+
+    /// What the running step is predicted to take; zero where none runs.
+    pub fn expected_step(&self) -> Duration {
+        Duration::from_micros(self.owner.shared.expected.load(Ordering::Relaxed))
     }
 
     /// Takes no new sequences. Those still here at the deadline, if there is one, end with
@@ -340,6 +349,10 @@ impl Loop {
         let step = self.shared.steps.fetch_add(1, Ordering::Relaxed) + 1;
         self.sink.publish(step, &mut output.sequences, &load);
         output.sequences.clear();
+        if !output.pages.is_empty() {
+            self.sink.cached(&output.pages);
+            output.pages.clear();
+        }
         let mut inbox = lock(&self.shared.inbox);
         inbox.running = running;
         for key in output.ended.drain(..) {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use shoal_core::{Class, Namespace, ParamError, Sampling, Scoring, Stopping, TokenId};
+use shoal_core::{Class, Namespace, PageHash, ParamError, Sampling, Scoring, Stopping, TokenId};
 
 /// One attempt at one sequence, as its router names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -166,9 +166,22 @@ pub struct Load {
     pub step_ms_p99: f64,
 }
 
+/// What became of a page of prompt tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageChange {
+    /// It can be shared from now on.
+    Stored(PageHash),
+    /// It was evicted.
+    Removed(PageHash),
+}
+
 /// Takes the output of each step. Called on the engine's thread: it must neither block nor
 /// wait.
 pub trait StepSink: Send {
     /// `outputs` may be drained; it is cleared afterwards. `step` rises by one each time.
     fn publish(&mut self, step: u64, outputs: &mut Vec<SequenceOutput>, load: &Load);
+
+    /// What the step changed in the prefix cache, in order, if anything. A page is stored after
+    /// its parent and removed before it.
+    fn cached(&mut self, _changes: &[PageChange]) {}
 }

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use shoal_core::{Namespace, PAGE_TOKENS, PageHash, Role, Sampling, Scoring, Stopping, TokenId};
+use shoal_core::{
+    Namespace, PAGE_TOKENS, PageHash, Role, Sampling, Scoring, Stopping, TokenId, prompt_pages,
+};
 
 use crate::backend::NumericsId;
 use crate::config::Limits;
@@ -106,15 +108,7 @@ impl Sequence {
             });
         }
         let max_output = (request.stopping.max_tokens as usize).min(limit - prompt);
-        let mut hash = PageHash::root(&request.namespace, &numerics.0);
-        let (pages, _) = tokens[..prompt].as_chunks::<PAGE_TOKENS>();
-        let hashes = pages
-            .iter()
-            .map(|page| {
-                hash = hash.child(page, 0);
-                hash
-            })
-            .collect();
+        let hashes = prompt_pages(&request.namespace, &numerics.0, &tokens[..prompt]).collect();
         let mut prompt_scores = Vec::new();
         let mut prompt_scores_wanted = 0;
         if request.scoring.prompt_top.is_some() {

@@ -1,5 +1,7 @@
 //! One step of the engine: plan, compute, draw, publish.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use shoal_core::{Class, TokenId};
@@ -7,7 +9,7 @@ use shoal_core::{Class, TokenId};
 use crate::backend::{Backend, BackendError};
 use crate::config::Limits;
 use crate::metrics::{EngineMetrics, LoadMeter, StepStats};
-use crate::request::{Finish, Load, Logprob, SequenceKey, SequenceOutput};
+use crate::request::{Finish, Load, Logprob, PageChange, SequenceKey, SequenceOutput};
 use crate::sampler::{Draw, SampleError, Sampler};
 use crate::scheduler::{BatchBuffer, Scheduler, Slot};
 use crate::sequence::Sequence;
@@ -27,6 +29,7 @@ pub(crate) struct Stepper {
     meter: LoadMeter,
     metrics: EngineMetrics,
     output: Output,
+    expected: Arc<AtomicU64>,
 }
 
 /// What has been made since the last publication.
@@ -36,6 +39,8 @@ pub(crate) struct Output {
     pub(crate) sequences: Vec<SequenceOutput>,
     /// Sequences that ended.
     pub(crate) ended: Vec<SequenceKey>,
+    /// Of the prefix cache.
+    pub(crate) pages: Vec<PageChange>,
 }
 
 impl Output {
@@ -63,7 +68,13 @@ impl Stepper {
             meter: LoadMeter::new(),
             metrics,
             output: Output::default(),
+            expected: Arc::default(),
         }
+    }
+
+    /// Microseconds that the running step is predicted to take; 0 between steps.
+    pub(crate) fn expected(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.expected)
     }
 
     /// Whether no sequence is here.
@@ -101,6 +112,8 @@ impl Stepper {
         let mut load = self.scheduler.load();
         self.meter.report(&mut load);
         self.metrics.set_load(&load);
+        let (_, kv) = self.scheduler.parts();
+        kv.take_changes(&mut self.output.pages);
         (&mut self.output, load)
     }
 
@@ -121,9 +134,15 @@ impl Stepper {
         if self.logits.len() < logits {
             self.logits.resize(logits, 0.0);
         }
+        let expected = self
+            .scheduler
+            .expected(self.batch.prefill_rows() + self.batch.decode_rows());
+        self.expected
+            .store(expected.as_micros() as u64, Ordering::Relaxed);
         let result = self
             .backend
             .step(&self.batch.batch(), &mut self.logits[..logits]);
+        self.expected.store(0, Ordering::Relaxed);
         if let Err(error) = result {
             self.metrics.failed_steps.inc();
             if error.class() == Class::Fatal {

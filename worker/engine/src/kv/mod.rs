@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use shoal_core::{Namespace, PAGE_TOKENS, PageHash, TokenId};
 
 use self::lru::LruList;
+use crate::request::PageChange;
 
 /// Full prompt pages of a sequence, by which the cache is asked.
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +67,8 @@ pub(crate) struct KvPages {
     free: Vec<u32>,
     idle: LruList,
     caching: bool,
+    /// Of the cache, since they were taken last.
+    changes: Vec<PageChange>,
 }
 
 impl KvPages {
@@ -79,7 +82,13 @@ impl KvPages {
             free: (0..pages).rev().collect(),
             idle: LruList::new(pages),
             caching,
+            changes: Vec::new(),
         }
+    }
+
+    /// Moves what has changed in the cache to the end of `out`.
+    pub(crate) fn take_changes(&mut self, out: &mut Vec<PageChange>) {
+        out.append(&mut self.changes);
     }
 
     /// Pages that can be allocated: free ones and idle ones.
@@ -133,6 +142,7 @@ impl KvPages {
                 let page = self.idle.pop_front()?;
                 if let Some(entry) = self.entries[page as usize].take() {
                     self.index.remove(&entry.hash);
+                    self.changes.push(PageChange::Removed(entry.hash));
                 }
                 page
             }
@@ -164,6 +174,7 @@ impl KvPages {
         let mut copy = [0; PAGE_TOKENS];
         copy.copy_from_slice(tokens);
         self.index.insert(hash, page);
+        self.changes.push(PageChange::Stored(hash));
         self.entries[page as usize] = Some(Entry {
             hash,
             namespace: *prefix.namespace,

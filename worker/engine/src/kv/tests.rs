@@ -1,3 +1,5 @@
+use std::collections::HashSet;
+
 use proptest::prelude::*;
 use shoal_core::{Namespace, PAGE_TOKENS, PageHash, TokenId};
 
@@ -172,6 +174,7 @@ proptest! {
     ) {
         let mut kv = KvPages::new(12, true);
         let mut held: Vec<(Prompt, Vec<u32>)> = Vec::new();
+        let (mut told, mut changes) = (HashSet::new(), Vec::new());
         for (action, which, words) in actions {
             match action {
                 0 => {
@@ -192,6 +195,15 @@ proptest! {
                 _ => {}
             }
             kv.check(held.iter().map(|(_, pages)| pages.as_slice()));
+            kv.take_changes(&mut changes);
+            for change in changes.drain(..) {
+                let is_news = match change {
+                    PageChange::Stored(hash) => told.insert(hash),
+                    PageChange::Removed(hash) => told.remove(&hash),
+                };
+                prop_assert!(is_news);
+            }
+            prop_assert_eq!(&told, &kv.index.keys().copied().collect());
         }
     }
 }

@@ -10,6 +10,10 @@ const FADE: f64 = 0.98;
 const WARM_UP: f64 = 8.0;
 /// Prompt rows that every step may add, whatever they cost: prompts must come to an end.
 const LEAST: usize = 32;
+/// Seconds of a row before any was measured: slow for a small model, fast for a large one.
+const PRIOR_ROW: f64 = 0.02;
+/// Seconds beyond which no prediction goes.
+const LONGEST: f64 = 600.0;
 
 /// Least squares of `seconds = base + slope * rows` over recent steps, weights fading.
 #[derive(Clone, Debug, Default)]
@@ -49,6 +53,19 @@ impl StepTimeModel {
         (slope > 0.0).then_some((base.max(0.0), slope))
     }
 
+    /// What a step of `rows` rows is predicted to take.
+    pub(super) fn expected(&self, rows: usize) -> Duration {
+        let rows = rows as f64;
+        let seconds = match self.fit() {
+            Some((base, slope)) => base + slope * rows,
+            None if self.weight > 0.0 => {
+                self.seconds / self.weight * (rows * self.weight / self.rows).max(1.0)
+            }
+            None => PRIOR_ROW * rows,
+        };
+        Duration::from_secs_f64(seconds.clamp(0.0, LONGEST))
+    }
+
     /// Prompt rows beside `decodes` decode rows for a step within `target`; at most `most`, and
     /// that many while nothing is known.
     pub(super) fn chunk(&self, decodes: usize, most: usize, target: Duration) -> usize {
@@ -85,6 +102,23 @@ mod tests {
         assert_eq!(trained(2000, 1).chunk(4, 256, target), 256);
         // Too slow for any row: prompts go on at the least pace.
         assert_eq!(trained(30_000, 100).chunk(4, 256, target), LEAST);
+    }
+
+    #[test]
+    fn a_step_is_predicted_by_the_line_or_by_the_mean() {
+        let millis = |model: &StepTimeModel, rows| model.expected(rows).as_secs_f64() * 1e3;
+        assert!((millis(&trained(2000, 100), 200) - 22.0).abs() < 0.1);
+        let mut model = StepTimeModel::default();
+        assert_eq!(millis(&model, 100), 2000.0);
+        for _ in 0..20 {
+            model.add(&StepStats {
+                time: Duration::from_millis(10),
+                decode_rows: 4,
+                ..StepStats::default()
+            });
+        }
+        assert!((millis(&model, 2) - 10.0).abs() < 0.1);
+        assert!((millis(&model, 8) - 20.0).abs() < 0.1);
     }
 
     #[test]

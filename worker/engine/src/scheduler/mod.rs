@@ -12,7 +12,7 @@ mod batch;
 mod chunk;
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub(crate) use self::batch::{BatchBuffer, Slot};
 use self::chunk::StepTimeModel;
@@ -174,6 +174,11 @@ impl Scheduler {
         if !short {
             self.admit(&mut budget, now);
         }
+    }
+
+    /// What a step of so many rows is predicted to take.
+    pub(crate) fn expected(&self, rows: usize) -> Duration {
+        self.model.expected(rows)
     }
 
     /// Learns from a finished step.

@@ -148,6 +148,7 @@ impl Rig {
             collected.finish = output.finish;
         }
         output.ended.clear();
+        output.pages.clear();
     }
 
     /// Steps until nothing is left.

@@ -1,0 +1,269 @@
+//! What the router adds to a token: from its making at the worker to its arrival at the
+//! client, less the same without the router.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use shoal_proto::worker::{
+    RouterFrame, Sampling, Stopping, Submit, router_frame, worker_client::WorkerClient,
+    worker_frame::Frame,
+};
+use tokio::task::JoinSet;
+
+use crate::{
+    Result,
+    http::{Exchange, completion},
+    paced::{self, BYTES, MARK, Pace, PacedWorker, Stamps},
+    peer,
+    router::Router,
+    stats::percentile_ms,
+};
+
+/// Time between a stream's tokens.
+pub(crate) const INTERVAL: Duration = Duration::from_millis(50);
+/// For the start of the streams, before anything is measured.
+const WARM_UP: Duration = Duration::from_secs(4);
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Streams at one time
+    #[arg(long, default_value_t = 1000)]
+    streams: usize,
+    /// Workers that they are spread over; each makes the tokens of all its streams at once
+    #[arg(long, default_value_t = 16)]
+    workers: usize,
+    /// Seconds that are measured
+    #[arg(long, default_value_t = 10)]
+    seconds: u64,
+    /// Python with sglang-router installed, to measure it in front of an HTTP worker of the
+    /// same pace
+    #[arg(long)]
+    sglang: Option<PathBuf>,
+}
+
+/// Ages of tokens at their arrival.
+#[derive(Debug, Default)]
+pub(crate) struct Ages {
+    measuring: AtomicBool,
+    ages: Mutex<Vec<f64>>,
+}
+
+impl Ages {
+    fn add(&self, ages: impl Iterator<Item = f64>) {
+        if self.measuring.load(Ordering::Relaxed) {
+            let mut all = self.ages.lock().unwrap_or_else(PoisonError::into_inner);
+            all.extend(ages);
+        }
+    }
+
+    fn take(&self) -> Vec<f64> {
+        std::mem::take(&mut self.ages.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// One measured way.
+struct Measured {
+    ages: Vec<f64>,
+    seconds: f64,
+    cpu: f64,
+}
+
+/// Waits for the streams to run, then measures for a while.
+async fn measure(ages: &Ages, seconds: u64, router: Option<&Router>) -> Result<Measured> {
+    let cpu = || router.map_or(Ok(0.0), Router::cpu);
+    tokio::time::sleep(WARM_UP).await;
+    let (start, before) = (Instant::now(), cpu()?);
+    ages.measuring.store(true, Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_secs(seconds)).await;
+    ages.measuring.store(false, Ordering::Relaxed);
+    Ok(Measured {
+        seconds: start.elapsed().as_secs_f64(),
+        cpu: cpu()? - before,
+        ages: ages.take(),
+    })
+}
+
+pub(crate) async fn run(shoal: &Path, args: &Args) -> Result<()> {
+    let tokens = ((args.seconds + 10) as f64 / INTERVAL.as_secs_f64()) as usize;
+    let stamps = Stamps::new(args.streams, tokens);
+    let pace = Pace {
+        step: INTERVAL,
+        prefill_row: Duration::ZERO,
+        decode_row: Duration::ZERO,
+        pages: (args.streams.div_ceil(args.workers) * 2 * tokens.div_ceil(32)) as u32,
+        max_running: args.streams,
+    };
+    println!(
+        "| {} streams at 20 tokens/s | p50 | p99 | tokens/s | tokens/s per core of the router |",
+        args.streams
+    );
+    println!("|---|---|---|---|---|");
+    let workers = paced::workers(args.workers, pace, &stamps).await?;
+    let mut direct = direct(args, &workers, &stamps).await?;
+    direct.print("worker alone");
+    drop(workers);
+
+    let workers = paced::workers(args.workers, pace, &stamps).await?;
+    let addresses = workers.iter().map(|w| w.address);
+    let limit = args.streams.to_string();
+    let router = Router::start(shoal, addresses, &["--max-running", &limit]).await?;
+    let mut routed = through(args, &router, &stamps).await?;
+    drop((router, workers));
+    routed.print("through shoal router");
+    println!(
+        "| added | {:.2} ms | {:.2} ms | | |",
+        routed.percentile(50.0) - direct.percentile(50.0),
+        routed.percentile(99.0) - direct.percentile(99.0)
+    );
+    if let Some(python) = &args.sglang {
+        let address = peer::http_worker(stamps.clone()).await?;
+        let router = peer::sglang_router(python, address).await?;
+        through(args, &router, &stamps)
+            .await?
+            .print("through sglang-router");
+    }
+    Ok(())
+}
+
+impl Measured {
+    fn percentile(&mut self, p: f64) -> f64 {
+        percentile_ms(&mut self.ages, p)
+    }
+
+    fn print(&mut self, name: &str) {
+        let tokens = self.ages.len() as f64;
+        let per_core = match self.cpu {
+            0.0 => String::new(),
+            cpu => format!("{:.0}", tokens / cpu),
+        };
+        println!(
+            "| {name} | {:.2} ms | {:.2} ms | {:.0} | {per_core} |",
+            self.percentile(50.0),
+            self.percentile(99.0),
+            tokens / self.seconds
+        );
+    }
+}
+
+/// Streams over HTTP through a router.
+async fn through(args: &Args, router: &Router, stamps: &Arc<Stamps>) -> Result<Measured> {
+    let ages = Arc::new(Ages::default());
+    let mut tasks = JoinSet::new();
+    for stream in 0..args.streams {
+        let (ages, stamps) = (ages.clone(), stamps.clone());
+        tasks.spawn(read(router.address, stream, stamps, ages));
+    }
+    let measured = tokio::select! {
+        measured = measure(&ages, args.seconds, Some(router)) => measured?,
+        Some(ended) = tasks.join_next() => {
+            ended??;
+            return Err("a stream ended early".into());
+        }
+    };
+    tasks.shutdown().await;
+    Ok(measured)
+}
+
+/// One stream, until its end.
+async fn read(
+    address: SocketAddr,
+    stream: usize,
+    stamps: Arc<Stamps>,
+    ages: Arc<Ages>,
+) -> Result<()> {
+    let prompt = [BYTES + stream as u32];
+    let body = completion(&prompt, stamps.tokens(), true);
+    let mut exchange = Exchange::post(address, "/v1/completions", &body).await?;
+    let mut seen = 0;
+    loop {
+        exchange.bytes.clear();
+        let news = exchange.more().await?;
+        if news.is_empty() {
+            return Ok(());
+        }
+        let tokens = news.iter().filter(|&&byte| byte == MARK).count();
+        ages.add((seen..seen + tokens).filter_map(|token| stamps.age(stream, token)));
+        seen += tokens;
+    }
+}
+
+/// Streams over the workers' own protocol: one session for each worker.
+async fn direct(args: &Args, workers: &[PacedWorker], stamps: &Arc<Stamps>) -> Result<Measured> {
+    let ages = Arc::new(Ages::default());
+    let mut tasks = JoinSet::new();
+    for (i, worker) in workers.iter().enumerate() {
+        let streams = (i..args.streams).step_by(args.workers).collect();
+        tasks.spawn(session(
+            worker.address,
+            streams,
+            stamps.clone(),
+            ages.clone(),
+        ));
+    }
+    let measured = tokio::select! {
+        measured = measure(&ages, args.seconds, None) => measured?,
+        Some(ended) = tasks.join_next() => {
+            ended??;
+            return Err("a session ended early".into());
+        }
+    };
+    tasks.shutdown().await;
+    Ok(measured)
+}
+
+async fn session(
+    address: SocketAddr,
+    streams: Vec<usize>,
+    stamps: Arc<Stamps>,
+    ages: Arc<Ages>,
+) -> Result<()> {
+    let max_tokens = stamps.tokens() as u32;
+    let submissions = async_stream::stream! {
+        for stream in streams {
+            yield RouterFrame {
+                frame: Some(router_frame::Frame::Submit(submit(stream, max_tokens))),
+            };
+        }
+        // The end of this stream would be the end of the session.
+        std::future::pending::<()>().await;
+    };
+    let mut client = WorkerClient::connect(format!("http://{address}")).await?;
+    let mut frames = client.session(submissions).await?.into_inner();
+    while let Some(frame) = frames.message().await? {
+        let Some(Frame::Step(step)) = frame.frame else {
+            continue;
+        };
+        for output in &step.sequences {
+            let first = output.output_offset as usize;
+            let tokens = first..first + output.tokens.len();
+            let stream = output.sequence as usize;
+            ages.add(tokens.filter_map(|token| stamps.age(stream, token)));
+        }
+    }
+    Ok(())
+}
+
+fn submit(stream: usize, max_tokens: u32) -> Submit {
+    Submit {
+        sequence: stream as u64,
+        prompt: vec![BYTES + stream as u32],
+        sampling: Some(Sampling {
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+            ..Sampling::default()
+        }),
+        stopping: Some(Stopping {
+            max_tokens,
+            ..Stopping::default()
+        }),
+        cache_namespace: vec![0; 16],
+        ..Submit::default()
+    }
+}

@@ -1,0 +1,139 @@
+//! The choice of a worker for one sequence.
+
+use std::{
+    hash::{Hash, Hasher},
+    sync::Arc,
+};
+
+use shoal_core::{Namespace, PAGE_TOKENS, PageHash, TokenId, prompt_pages};
+
+use crate::{
+    breaker::Pass,
+    cluster::{Cluster, Ready},
+    pages::Coming,
+    placement::{self, Candidate, Work},
+    worker::Connected,
+};
+
+/// What a placement asks for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) model: &'a str,
+    pub(crate) prompt: &'a [TokenId],
+    /// Output tokens so far, and how many more are expected.
+    pub(crate) resumed: usize,
+    pub(crate) output: f64,
+    /// Whose pages it may share.
+    pub(crate) namespace: &'a Namespace,
+    /// Keeps a conversation on one worker; empty is none.
+    pub(crate) session_id: &'a str,
+    /// Preferred numerics: the output so far was made with them. Empty is any.
+    pub(crate) numerics_id: &'a [u8],
+    /// Workers that just refused, by address.
+    pub(crate) avoid: &'a [Arc<str>],
+}
+
+/// A worker to submit to.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) address: Arc<str>,
+    pub(crate) connected: Arc<Connected>,
+    /// For the verdict on the worker.
+    pub(crate) pass: Pass,
+    /// Prompt tokens that the worker is believed to hold, and all that it has to prefill.
+    pub(crate) cached: u64,
+    pub(crate) uncached: u64,
+    /// For as long as the sequence is there.
+    pub(crate) coming: Coming,
+}
+
+impl Ready {
+    fn numerics_id(&self) -> &[u8] {
+        &self.connected.model.description.numerics_id
+    }
+}
+
+impl Cluster {
+    /// The worker that takes a sequence, by the routing in force.
+    pub(crate) fn place(&self, wanted: &Wanted<'_>) -> Option<Place> {
+        let mut ready = self.ready();
+        ready.retain(|r| *r.connected.model.name == *wanted.model);
+        // A membership that has lost everybody is no outage.
+        if ready.iter().any(|r| !r.worker.is_retired()) {
+            ready.retain(|r| !r.worker.is_retired());
+        }
+        let home = home(&ready, wanted.session_id);
+        ready.retain(|r| !wanted.avoid.contains(&r.worker.address) && r.worker.breaker.admits());
+        let same =
+            |r: &Ready| wanted.numerics_id.is_empty() || r.numerics_id() == wanted.numerics_id;
+        if ready.iter().any(same) {
+            ready.retain(same);
+        }
+        // One list of hashes serves all workers that compute alike.
+        let mut hashes: Vec<(&[u8], Vec<PageHash>)> = Vec::new();
+        for r in &ready {
+            if !hashes.iter().any(|(id, _)| *id == r.numerics_id()) {
+                hashes.push((r.numerics_id(), wanted.pages(r.numerics_id())));
+            }
+        }
+        let pages = |r: &Ready| {
+            let list = hashes.iter().find(|(id, _)| *id == r.numerics_id());
+            list.map_or(&[][..], |(_, pages)| pages)
+        };
+        let mut candidates: Vec<Candidate> = Vec::with_capacity(ready.len());
+        for r in &ready {
+            let index = &r.connected.pages;
+            let mut cached = index.overlap(pages(r)) * PAGE_TOKENS;
+            if !index.is_exact() && home.as_ref() == Some(&r.worker.address) {
+                // It held the conversation's earlier turns; nothing better is known.
+                cached = wanted.prompt.len();
+            }
+            candidates.push(r.connected.candidate(cached as f64));
+        }
+        let tokens = wanted.prompt.len() + wanted.resumed;
+        let work = Work {
+            prompt: tokens as f64,
+            output: wanted.output,
+        };
+        let (routing, turn) = self.turn();
+        let chosen = placement::choose(routing, &candidates, &work, turn)?;
+        let cached = candidates[chosen].cached as u64;
+        let Ready { worker, connected } = &ready[chosen];
+        Some(Place {
+            // Another sequence may have become the probe of an open breaker meanwhile.
+            pass: worker.breaker.enter()?,
+            coming: connected.pages.expect(pages(&ready[chosen]).to_vec()),
+            address: worker.address.clone(),
+            connected: connected.clone(),
+            cached,
+            uncached: (tokens as u64).saturating_sub(cached),
+        })
+    }
+}
+
+impl Wanted<'_> {
+    /// The pages of the prompt that a cache can give: its last token is always computed,
+    /// where the sequence has no output yet.
+    fn pages(&self, numerics_id: &[u8]) -> Vec<PageHash> {
+        let reusable = self
+            .prompt
+            .len()
+            .saturating_sub(usize::from(self.resumed == 0));
+        prompt_pages(self.namespace, numerics_id, &self.prompt[..reusable]).collect()
+    }
+}
+
+/// The worker on which a conversation lives: highest random weight (Thaler, Ravishankar
+/// 1998), so that a change of the cluster moves as few conversations as possible.
+fn home(ready: &[Ready], session_id: &str) -> Option<Arc<str>> {
+    if session_id.is_empty() {
+        return None;
+    }
+    let weight = |r: &&Ready| {
+        let mut hasher = std::hash::DefaultHasher::new();
+        (session_id, &r.worker.address).hash(&mut hasher);
+        hasher.finish()
+    };
+    let home = ready.iter().max_by_key(weight);
+    home.map(|r| r.worker.address.clone())
+}
