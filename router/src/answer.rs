@@ -2,10 +2,7 @@
 
 use std::sync::Arc;
 
-use futures::{
-    Stream, StreamExt,
-    stream::{BoxStream, SelectAll},
-};
+use futures::{Stream, StreamExt, stream::BoxStream};
 use shoal_proto::{
     inference::{FinishReason, TokenLogprob, Usage},
     worker::SequenceUsage,
@@ -18,6 +15,7 @@ use crate::{
     error::RequestError,
     generation::{Dispatch, Generation},
     keys::TenantGuard,
+    merge::Merge,
     metrics::ModelMetrics,
     output::Output,
     placement::Work,
@@ -49,7 +47,7 @@ struct Step {
 /// A running answer. Dropping it cancels what still runs.
 pub(crate) struct Answer {
     pub(crate) job: Arc<Job>,
-    choices: SelectAll<BoxStream<'static, Result<Step, RequestError>>>,
+    choices: Merge<BoxStream<'static, Result<Step, RequestError>>>,
     first: Option<Growth>,
     /// Choices without their end.
     unfinished: u32,
@@ -77,11 +75,11 @@ impl Answer {
         metrics.prompt_tokens.inc_by(prompt_tokens.into());
         tenant.charge(prompt_tokens);
         let unfinished = job.choices;
-        let mut choices = SelectAll::new();
-        for (choice, permit) in (0..).zip(permits) {
+        let choices = (0..).zip(permits).map(|(choice, permit)| {
             let generation = Generation::new(dispatch.clone(), job.clone(), choice, work, permit);
-            choices.push(grow(choice, generation, Output::new(&job)?).boxed());
-        }
+            Ok(grow(choice, generation, Output::new(&job)?).boxed())
+        });
+        let choices = choices.collect::<Result<_, RequestError>>()?;
         let mut answer = Self {
             meter: Meter {
                 job: job.clone(),
@@ -119,7 +117,7 @@ impl Answer {
         } = match self.step().await? {
             Ok(step) => step,
             Err(error) => {
-                self.choices.clear();
+                self.choices = Merge::Ended;
                 return Some(Err(error));
             }
         };

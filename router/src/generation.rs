@@ -6,6 +6,7 @@
 //! pause.
 
 use std::{
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -15,7 +16,7 @@ use std::{
 
 use shoal_core::TokenId;
 use shoal_proto::worker::{Finish, Logprob, RejectReason, SequenceOutput, SequenceUsage, Submit};
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout, timeout_at};
 
 use crate::{
     admission::{Admission, Permit},
@@ -134,6 +135,8 @@ pub(crate) struct Generation {
     avoid: Vec<Arc<str>>,
     at: Option<Stay>,
     numerics_id: Vec<u8>,
+    /// One timer for all waits.
+    deadline: Pin<Box<Sleep>>,
 }
 
 impl Generation {
@@ -146,6 +149,7 @@ impl Generation {
     ) -> Self {
         dispatch.retries.deposit();
         Self {
+            deadline: Box::pin(sleep_until(job.arrival.deadline)),
             sequence: dispatch.sequences.fetch_add(1, Ordering::Relaxed),
             dispatch,
             job,
@@ -165,14 +169,17 @@ impl Generation {
 
     /// Waits for new tokens or the end. Not to be called after the end.
     pub(crate) async fn next(&mut self) -> Result<Tokens, RequestError> {
-        let deadline = self.job.arrival.deadline;
         loop {
             let Some(stay) = &self.at else {
                 self.attach().await?;
                 continue;
             };
-            let event = timeout_at(deadline, stay.attachment.next()).await;
-            match event.map_err(|_| RequestError::Deadline)? {
+            let event = tokio::select! {
+                biased;
+                event = stay.attachment.next() => event,
+                () = self.deadline.as_mut() => return Err(RequestError::Deadline),
+            };
+            match event {
                 Event::Output(output) => {
                     let news = self.accept(output)?;
                     if !news.tokens.is_empty()

@@ -15,6 +15,7 @@ mod error;
 mod generation;
 mod keys;
 mod link;
+mod merge;
 mod metrics;
 mod model;
 mod output;

@@ -12,6 +12,8 @@ const PRIOR_PREFILL_TPS: f64 = 1000.0;
 const PRIOR_DECODE_TPS: f64 = 50.0;
 /// Seconds that a half-full KV pool adds: preemptions become likely as it fills.
 const KV_PRESSURE: f64 = 0.05;
+/// Chance that what a prompt pushes out of a full cache is asked for again.
+const EVICTION: f64 = 0.5;
 
 /// The work that a sequence brings.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -58,6 +60,8 @@ pub(crate) struct Candidate {
     pub(crate) placed: Placed,
     /// Tokens of the sequence that need no prefill here.
     pub(crate) cached: f64,
+    /// How full its prefix cache is, 0 to 1.
+    pub(crate) fill: f64,
 }
 
 /// How a worker is chosen.
@@ -138,31 +142,81 @@ impl Candidate {
 
     /// Predicted seconds that the worker's load adds to the work:
     ///
-    /// `waiting / prefill_tps + output · rows / decode_tps + λ · kv / (1 − kv)`
-    fn backlog(&self, work: &Work) -> f64 {
+    /// `waiting · token + output · rows · row + λ · kv / (1 − kv)`
+    fn backlog(&self, pace: &Pace, work: &Work) -> f64 {
         let kv = measured(self.load.kv_usage, 0.0).min(0.99);
-        self.waiting() / prefill_tps(&self.load)
-            + work.output * self.rows() / decode_tps(&self.load)
+        self.waiting() * pace.token
+            + work.output * self.rows() * pace.row
             + KV_PRESSURE * kv / (1.0 - kv)
     }
 
-    /// Predicted seconds until the work is done here, where the least loaded candidate has
-    /// `least` of backlog:
+    /// Predicted seconds until the work is done here, and of work that it makes by what it
+    /// pushes out of the cache. The least loaded candidate has `least` of backlog:
     ///
-    /// `backlog + prompt / prefill_tps − credit + output / decode_tps`
+    /// `backlog + prompt · token − credit + output · (base + row) + μ · fill · uncached · token`
     ///
     /// The credit is the saved prefill `s`, decayed as `s / (1 + excess / s)` by the backlog
     /// in excess of the least: a prefix that everybody asks for spreads over workers before
     /// the queue at its first one has eaten all that it saves.
-    fn seconds(&self, work: &Work, least: f64) -> f64 {
-        let (prefill, decode) = (prefill_tps(&self.load), decode_tps(&self.load));
-        let backlog = self.backlog(work);
-        let saved = self.cached / prefill;
+    fn seconds(&self, pace: &Pace, work: &Work, least: f64) -> f64 {
+        let backlog = self.backlog(pace, work);
+        let saved = self.cached * pace.token;
         let credit = match saved + backlog - least {
             0.0 => 0.0,
             sum => saved * saved / sum,
         };
-        backlog + work.prompt / prefill - credit + work.output / decode
+        let uncached = (work.prompt - self.cached).max(0.0);
+        backlog + work.prompt * pace.token - credit
+            + work.output * (pace.base + pace.row)
+            + EVICTION * self.fill * uncached * pace.token
+    }
+}
+
+/// What work takes on a worker, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Pace {
+    /// A token's prefill.
+    token: f64,
+    /// A decode step of n rows takes `base + n · row`.
+    base: f64,
+    row: f64,
+}
+
+impl Pace {
+    /// As the worker has fitted it to its steps.
+    fn fitted(load: &Load) -> Option<Self> {
+        let row = measured(load.step_row_ms, 0.0) / 1e3;
+        let base = measured(load.step_base_ms, 0.0) / 1e3;
+        (row > 0.0).then_some(Self {
+            token: row,
+            base,
+            row,
+        })
+    }
+
+    /// By its rates, which are guesses where it has done nothing yet.
+    fn of_rates(load: &Load) -> Self {
+        Self {
+            token: 1.0 / prefill_tps(load),
+            base: 0.0,
+            row: 1.0 / decode_tps(load),
+        }
+    }
+
+    fn mean(paces: impl Iterator<Item = Self>) -> Option<Self> {
+        let mut sum = Self::default();
+        let mut count = 0.0;
+        for pace in paces {
+            sum.token += pace.token;
+            sum.base += pace.base;
+            sum.row += pace.row;
+            count += 1.0;
+        }
+        (count > 0.0).then(|| Self {
+            token: sum.token / count,
+            base: sum.base / count,
+            row: sum.row / count,
+        })
     }
 }
 
@@ -190,13 +244,20 @@ pub(crate) fn choose(
 }
 
 /// The index of the cheapest candidate; the fewest placed sequences win where the cost is
-/// equal, then the first.
+/// equal, then the first. A worker that has not got to know itself yet is taken for an average
+/// one: it would never be tried if it were taken for a slow one.
 fn cheapest(candidates: &[Candidate], work: &Work) -> Option<usize> {
-    let backlogs = candidates.iter().map(|c| c.backlog(work));
+    let fitted = || candidates.iter().filter_map(|c| Pace::fitted(&c.load));
+    let mean = Pace::mean(fitted());
+    let pace = |c: &Candidate| {
+        let own = Pace::fitted(&c.load).or(mean);
+        own.unwrap_or_else(|| Pace::of_rates(&c.load))
+    };
+    let backlogs = candidates.iter().map(|c| c.backlog(&pace(c), work));
     let least = backlogs.fold(f64::INFINITY, f64::min);
     let costs = candidates
         .iter()
-        .map(|c| (c.seconds(work, least), c.placed.sequences));
+        .map(|c| (c.seconds(&pace(c), work, least), c.placed.sequences));
     let cheapest = costs
         .enumerate()
         .min_by(|(_, (a, m)), (_, (b, n))| a.total_cmp(b).then(m.cmp(n)));
@@ -244,17 +305,63 @@ mod tests {
         assert!("random".parse::<Routing>().is_err());
     }
 
+    fn seconds(candidate: &Candidate) -> f64 {
+        let pace = Pace::fitted(&candidate.load);
+        let pace = pace.unwrap_or_else(|| Pace::of_rates(&candidate.load));
+        candidate.seconds(&pace, &WORK, 0.0)
+    }
+
     #[test]
     fn cost_is_in_seconds() {
         let idle = candidate(measured_load());
-        assert!((idle.seconds(&WORK, 0.0) - 0.2).abs() < 1e-9);
+        assert!((seconds(&idle) - 0.2).abs() < 1e-9);
         let busy = candidate(Load {
             waiting_uncached_tokens: 400,
             running: 3,
             kv_usage: 0.5,
             ..measured_load()
         });
-        assert!((busy.seconds(&WORK, 0.0) - (0.5 + 0.4 + 0.05)).abs() < 1e-9);
+        assert!((seconds(&busy) - (0.5 + 0.4 + 0.05)).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_step_costs_what_the_worker_says() {
+        let row = |running| {
+            candidate(Load {
+                running,
+                step_base_ms: 10.0,
+                step_row_ms: 1.0,
+                ..measured_load()
+            })
+        };
+        assert!((seconds(&row(0)) - (0.1 + 0.11)).abs() < 1e-9);
+        assert!((seconds(&row(5)) - (0.1 + 0.16)).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_worker_that_has_done_nothing_counts_as_an_average_one() {
+        let busy = candidate(Load {
+            running: 1,
+            step_base_ms: 10.0,
+            step_row_ms: 1.0,
+            ..Load::default()
+        });
+        assert_eq!(cheapest(&[busy, candidate(Load::default())]), 1);
+    }
+
+    #[test]
+    fn a_new_prompt_goes_where_it_pushes_nothing_out() {
+        let full = Candidate {
+            fill: 1.0,
+            ..candidate(measured_load())
+        };
+        let half = Candidate { fill: 0.5, ..full };
+        assert_eq!(cheapest(&[full, half]), 1);
+        let home = Candidate {
+            cached: 100.0,
+            ..full
+        };
+        assert_eq!(cheapest(&[half, home]), 1);
     }
 
     #[test]
@@ -299,7 +406,7 @@ mod tests {
                 sequences: 7,
                 unstarted_tokens: 400,
             },
-            cached: 0.0,
+            ..Candidate::default()
         };
         assert_eq!((shared.rows(), shared.waiting()), (9.0, 600.0));
         // A report that is older than the placements it should count is no negative load.
@@ -307,7 +414,7 @@ mod tests {
             load: measured_load(),
             reported: placed,
             placed,
-            cached: 0.0,
+            ..Candidate::default()
         };
         assert_eq!((early.rows(), early.waiting()), (4.0, 100.0));
     }

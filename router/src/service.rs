@@ -139,7 +139,8 @@ impl Service {
     ) -> Result<Answer, RequestError> {
         // Counted first: the end waits for whoever still finds the shutdown not started.
         let open = Open {
-            cut: self.cut.clone(),
+            // A token of its own: every wait for an event takes its lock.
+            cut: self.cut.child_token(),
             _counted: self.open.token(),
         };
         if self.shutdown.is_started() {

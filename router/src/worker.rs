@@ -100,6 +100,8 @@ impl Connected {
             reported: report.placed,
             placed: self.session.placed(),
             cached,
+            fill: (self.pages.len() as f64 / f64::from(self.model.description.pages.max(1)))
+                .min(1.0),
         }
     }
 

@@ -165,6 +165,8 @@ pub(crate) fn load(load: &engine::Load) -> proto::Load {
         decode_tps: load.decode_tps,
         step_ms_p50: load.step_ms_p50,
         step_ms_p99: load.step_ms_p99,
+        step_base_ms: load.step_base_ms,
+        step_row_ms: load.step_row_ms,
     }
 }
 

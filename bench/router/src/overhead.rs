@@ -37,7 +37,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 1000)]
     streams: usize,
     /// Workers that they are spread over; each makes the tokens of all its streams at once
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 50)]
     workers: usize,
     /// Seconds that are measured
     #[arg(long, default_value_t = 10)]

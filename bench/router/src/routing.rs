@@ -30,7 +30,7 @@ const OUTPUT: usize = 32;
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Requests under each routing
-    #[arg(long, default_value_t = 1200)]
+    #[arg(long, default_value_t = 1000)]
     requests: usize,
     /// Requests per second
     #[arg(long, default_value_t = 25.0)]

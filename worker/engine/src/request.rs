@@ -164,6 +164,11 @@ pub struct Load {
     pub step_ms_p50: f64,
     /// 99th percentile of the same.
     pub step_ms_p99: f64,
+    /// A step of n rows takes about base + n · row, in milliseconds; both 0 before that is
+    /// known.
+    pub step_base_ms: f64,
+    /// See `step_base_ms`.
+    pub step_row_ms: f64,
 }
 
 /// What became of a page of prompt tokens.

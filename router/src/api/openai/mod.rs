@@ -11,7 +11,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use futures::{StreamExt, TryStreamExt, future::try_join_all, stream::SelectAll};
+use futures::{StreamExt, TryStreamExt, future::try_join_all, stream::BoxStream};
 use serde::Serialize;
 use shoal_proto::inference::GenerateRequest;
 
@@ -26,6 +26,7 @@ use super::{body::JsonBody, context::Authorized};
 use crate::{
     answer::{Answer, Growth},
     error::RequestError,
+    merge::Merge,
     model::unix_seconds,
     request::{Arrival, Job},
     service::Service,
@@ -105,7 +106,7 @@ fn scored(job: &Job) -> bool {
 struct Answers {
     /// In the order of the prompts; never empty.
     jobs: Vec<Arc<Job>>,
-    growths: SelectAll<futures::stream::BoxStream<'static, Result<Growth, RequestError>>>,
+    growths: Merge<BoxStream<'static, Result<Growth, RequestError>>>,
 }
 
 impl Answers {
@@ -119,18 +120,22 @@ impl Answers {
             .map(|r| service.generate(r, arrival.clone()));
         let answers: Vec<Answer> = try_join_all(started).await?;
         let jobs: Vec<Arc<Job>> = answers.iter().map(|answer| answer.job.clone()).collect();
-        let mut growths = SelectAll::new();
         let mut first = 0;
-        for answer in answers {
-            let (offset, choices) = (first, answer.job.choices);
-            first += choices;
-            let numbered = answer.into_stream().map_ok(move |mut growth| {
-                growth.index += offset;
-                growth
-            });
-            growths.push(numbered.boxed());
-        }
-        Ok(Self { jobs, growths })
+        let numbered = answers.into_iter().map(|answer| {
+            let offset = first;
+            first += answer.job.choices;
+            let growths = answer.into_stream();
+            growths
+                .map_ok(move |growth| Growth {
+                    index: growth.index + offset,
+                    ..growth
+                })
+                .boxed()
+        });
+        Ok(Self {
+            growths: numbered.collect(),
+            jobs,
+        })
     }
 
     fn choices(&self) -> usize {

@@ -42,7 +42,7 @@ impl StepTimeModel {
     }
 
     /// Base and slope, once steps of different sizes have been seen.
-    fn fit(&self) -> Option<(f64, f64)> {
+    pub(super) fn fit(&self) -> Option<(f64, f64)> {
         let spread = self.weight * self.rows_squared - self.rows * self.rows;
         if self.weight < WARM_UP || spread < 1.0 {
             return None;

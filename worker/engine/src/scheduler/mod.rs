@@ -188,11 +188,14 @@ impl Scheduler {
 
     /// Counts of the load; the meter adds the rates.
     pub(crate) fn load(&self) -> Load {
+        let (base, row) = self.model.fit().unwrap_or_default();
         Load {
             running: self.running.len() as u32,
             waiting: self.waiting.len() as u32,
             waiting_uncached_tokens: self.waiting_uncached,
             kv_usage: self.kv.usage(),
+            step_base_ms: base * 1e3,
+            step_row_ms: row * 1e3,
             ..Load::default()
         }
     }
