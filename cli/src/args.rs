@@ -72,6 +72,10 @@ Examples:
     --advertise gpu-0:9090 --group blue-0")]
     Worker(WorkerCommand),
 
+    /// Run a rank of a worker's group; its standard input is the line to the worker
+    #[command(hide = true)]
+    Rank,
+
     /// Chat with a served model in the terminal
     #[command(after_help = "\
 Examples:

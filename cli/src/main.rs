@@ -83,9 +83,14 @@ fn run(cli: Cli, started: Instant) -> Result<(), CliError> {
             if args.print_config {
                 return print_role(&settings, &membership);
             }
-            start_log(log, "info")?;
+            let log = log.config("info")?;
+            shoal_fabric::telemetry::init(&log)?;
             let store = model::store(&args.store, &file)?;
-            block_on(role::worker(settings, membership, store, args.supervised))?;
+            block_on(role::worker(settings, log, membership, store, args.supervised))?;
+        }
+        Command::Rank => {
+            start_log(log, "info")?;
+            shoal_worker::run_rank()?;
         }
         Command::Chat(args) => {
             start_log(log, "warn")?;

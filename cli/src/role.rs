@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use shoal_fabric::shutdown::{Phase, Shutdown};
+use shoal_fabric::telemetry::LogConfig;
 use shoal_router::{RouterArgs, RouterConfig};
 
 use crate::config::{ConfigError, MembershipSettings, RouterSettings, WorkerSettings};
@@ -35,6 +36,7 @@ pub(crate) async fn router(
 /// Runs a worker until it is told to end.
 pub(crate) async fn worker(
     settings: WorkerSettings,
+    log: LogConfig,
     membership: MembershipSettings,
     store: Store,
     supervised: bool,
@@ -46,7 +48,7 @@ pub(crate) async fn worker(
             None => ModelSource::default(),
         };
         let path = tokio::task::spawn_blocking(move || store.resolve(&source)).await??;
-        let mut config = settings.config(path)?;
+        let mut config = settings.config(path, &log)?;
         let (listen, advertised) = (config.listen.address, config.advertise.is_some());
         if let Some(membership) = membership.start("worker", listen, advertised)? {
             config.membership = membership;

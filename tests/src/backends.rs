@@ -1,7 +1,13 @@
 //! The backends, each with a pool that holds one sequence of 2,080 tokens.
 
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use shoal_collective::shm::Ring;
+use shoal_engine::backend::{Backend, BackendError, Batch, NumericsId};
 use shoal_engine::candle::{CandleBackend, CandleOptions, CandleWeights};
-use shoal_engine::cpu::{CpuBackend, CpuOptions};
+use shoal_engine::cpu::{CpuBackend, CpuOptions, ShardPlan};
 use shoal_engine::spec::ModelSpec;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
@@ -52,12 +58,122 @@ pub fn cpu(gguf: &Gguf) -> CpuBackend {
 /// If the model does not load.
 pub fn cpu_as(gguf: &Gguf, isa: Isa, threads: usize) -> CpuBackend {
     let spec = ModelSpec::from_gguf(gguf).expect("the model is supported");
-    let options = CpuOptions {
+    CpuBackend::load(gguf, spec, options(isa, threads)).expect("the model loads")
+}
+
+/// The options of the backends here.
+pub fn options(isa: Isa, threads: usize) -> CpuOptions {
+    CpuOptions {
         isa,
         threads,
         pages: PAGES,
         max_rows: ROWS,
         max_logit_rows: ROWS,
-    };
-    CpuBackend::load(gguf, spec, options).expect("the model loads")
+    }
+}
+
+/// Longer than a busy machine holds a thread up.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Rank 0 of a tensor-parallel group whose other ranks are threads. It checks after every step
+/// that all ranks have the same residual.
+pub struct CpuGroup {
+    first: Option<CpuBackend>,
+    residuals: Receiver<Vec<f32>>,
+    others: Vec<JoinHandle<()>>,
+}
+
+impl CpuGroup {
+    /// A group of `world` ranks.
+    ///
+    /// # Panics
+    /// If the model does not load or cannot be split so.
+    pub fn new(gguf: &Gguf, world: usize, options: &CpuOptions) -> Self {
+        let spec = ModelSpec::from_gguf(gguf).expect("the model is supported");
+        let plan = ShardPlan::new(&spec, world).expect("so many ranks");
+        let load = |rank| {
+            CpuBackend::load_rank(gguf, spec.clone(), options.clone(), plan.clone(), rank)
+                .expect("the model loads")
+        };
+        let mut first = load(0);
+        let mut seats = Ring::threads(world, first.frame_words(), PATIENCE).expect("memory");
+        let join = seats.next().expect("a seat");
+        let (sender, residuals) = channel();
+        let others = (1..).zip(seats).map(|(rank, join)| {
+            let (mut backend, sender) = (load(rank), sender.clone());
+            std::thread::spawn(move || {
+                let seat = join().expect("all ranks come");
+                backend.join(Box::new(seat)).expect("its seat");
+                while backend.follow().is_ok() {
+                    // The test may have ended.
+                    let _ = sender.send(backend.residual().to_vec());
+                }
+            })
+        });
+        let others = others.collect();
+        let seat = join().expect("all ranks come");
+        first.join(Box::new(seat)).expect("its seat");
+        Self {
+            first: Some(first),
+            residuals,
+            others,
+        }
+    }
+
+    fn first(&self) -> &CpuBackend {
+        self.first.as_ref().expect("it is here until the end")
+    }
+}
+
+impl Backend for CpuGroup {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn spec(&self) -> &ModelSpec {
+        self.first().spec()
+    }
+
+    fn numerics_id(&self) -> NumericsId {
+        self.first().numerics_id()
+    }
+
+    fn pages(&self) -> u32 {
+        self.first().pages()
+    }
+
+    fn max_rows(&self) -> usize {
+        self.first().max_rows()
+    }
+
+    fn max_logit_rows(&self) -> usize {
+        self.first().max_logit_rows()
+    }
+
+    fn ranks(&self) -> usize {
+        self.first().ranks()
+    }
+
+    fn step(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
+        let first = self.first.as_mut().expect("it is here until the end");
+        first.step(batch, logits)?;
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let own = bits(first.residual());
+        for _ in &self.others {
+            let other = self.residuals.recv_timeout(PATIENCE).expect("every rank");
+            assert!(bits(&other) == own, "a rank has another residual");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for CpuGroup {
+    fn drop(&mut self) {
+        // The others see that rank 0 is gone.
+        self.first = None;
+        for other in self.others.drain(..) {
+            let ended = other.join();
+            assert!(ended.is_ok() || std::thread::panicking(), "a rank panicked");
+        }
+    }
 }

@@ -8,6 +8,7 @@ use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
 use shoal_core::{Namespace, Sampling, Scoring, Stopping, TokenId};
+use shoal_engine::backend::Backend;
 use shoal_engine::config::EngineConfig;
 use shoal_engine::cpu::{CpuBackend, CpuOptions};
 use shoal_engine::engine::{Engine, EngineHandle};
@@ -16,7 +17,7 @@ use shoal_engine::request::{
 };
 use shoal_engine::spec::ModelSpec;
 use shoal_kernels::Isa;
-use shoal_tests::backends::demo_gguf;
+use shoal_tests::backends::{CpuGroup, demo_gguf};
 use shoal_tests::model::data;
 use shoal_text::{EncodeOptions, Tokenizer, bundle_from_gguf};
 
@@ -29,6 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What differs between runs.
 struct Setup {
+    ranks: usize,
     pages: u32,
     step_rows: usize,
     prefill_chunk: usize,
@@ -38,6 +40,7 @@ struct Setup {
 impl Default for Setup {
     fn default() -> Self {
         Self {
+            ranks: 1,
             pages: 256,
             step_rows: 256,
             prefill_chunk: 256,
@@ -86,6 +89,7 @@ impl StepSink for Sink {
 }
 
 struct Running {
+    ranks: usize,
     engine: EngineHandle,
     told: Receiver<Told>,
     answers: HashMap<u64, Answer>,
@@ -96,15 +100,20 @@ struct Running {
 impl Running {
     fn start(setup: &Setup) -> Self {
         let gguf = demo_gguf();
-        let spec = ModelSpec::from_gguf(&gguf).expect("the model is supported");
         let options = CpuOptions {
             isa: Isa::detect(),
-            threads: 2,
+            threads: 2 / setup.ranks,
             pages: setup.pages,
             max_rows: 256,
             max_logit_rows: 64,
         };
-        let backend = CpuBackend::load(&gguf, spec, options).expect("the model loads");
+        let backend: Box<dyn Backend> = match setup.ranks {
+            1 => {
+                let spec = ModelSpec::from_gguf(&gguf).expect("the model is supported");
+                Box::new(CpuBackend::load(&gguf, spec, options).expect("the model loads"))
+            }
+            ranks => Box::new(CpuGroup::new(&gguf, ranks, &options)),
+        };
         let config = EngineConfig {
             step_rows: setup.step_rows,
             prefill_chunk: setup.prefill_chunk,
@@ -114,8 +123,9 @@ impl Running {
             ..EngineConfig::default()
         };
         let (sender, told) = channel();
-        let engine = Engine::start(Box::new(backend), config, Box::new(Sink(sender)));
+        let engine = Engine::start(backend, config, Box::new(Sink(sender)));
         Self {
+            ranks: setup.ranks,
             engine: engine.expect("the engine starts"),
             told,
             answers: HashMap::new(),
@@ -171,7 +181,7 @@ impl Running {
 
     #[track_caller]
     fn assert_as_alone(&self, id: u64) {
-        let (got, expected) = (&self.answers[&id], &alone()[id as usize]);
+        let (got, expected) = (&self.answers[&id], &alone(self.ranks)[id as usize]);
         assert_eq!(got.tokens, expected.tokens, "request {id}");
         assert_eq!(got.logprobs, expected.logprobs, "request {id}");
         let finish = |answer: &Answer| answer.end.map(|(finish, _)| finish);
@@ -261,11 +271,14 @@ fn requests() -> impl Iterator<Item = Request> {
     (0..REQUESTS as u64).map(request)
 }
 
-/// Every request alone, in one chunk, with nothing cached.
-fn alone() -> &'static [Answer] {
-    static ALONE: OnceLock<Vec<Answer>> = OnceLock::new();
-    ALONE.get_or_init(|| {
-        let mut running = Running::start(&Setup::default());
+/// Every request alone, in one chunk, with nothing cached, on one rank or two.
+fn alone(ranks: usize) -> &'static [Answer] {
+    static ALONE: [OnceLock<Vec<Answer>>; 2] = [const { OnceLock::new() }; 2];
+    ALONE[ranks - 1].get_or_init(|| {
+        let mut running = Running::start(&Setup {
+            ranks,
+            ..Setup::default()
+        });
         requests().for_each(|request| running.all([request]));
         assert_eq!(running.most_running, 1);
         let answers = (0..REQUESTS as u64).map(|id| running.answers[&id].clone());
@@ -332,7 +345,7 @@ fn after_losing_its_pages() {
 fn resumed_elsewhere() {
     let mut running = Running::start(&Setup::default());
     for id in 0..10 {
-        let whole = &alone()[id as usize];
+        let whole = &alone(1)[id as usize];
         for done in [0, 1, 5, whole.tokens.len() - 1, whole.tokens.len()] {
             let mut rest = request(id);
             rest.resume = whole.tokens[..done].to_vec();
@@ -363,4 +376,29 @@ fn beside_prompts_that_arrive_late() {
     let first_late = (26..32).map(|id| running.answers[&id].first_step).min();
     let last_early = (0..4).map(|id| running.answers[&id].last_step).max();
     assert!(first_late < last_early);
+}
+
+/// The same of a tensor-parallel group: in a batch and other chunks, after prefix hits, and
+/// after losing pages. Its tokens may differ from those of one rank.
+#[test]
+fn on_two_ranks() {
+    let two = || Setup {
+        ranks: 2,
+        ..Setup::default()
+    };
+    let mut running = Running::start(&Setup {
+        prefix_cache: true,
+        prefill_chunk: 33,
+        ..two()
+    });
+    for _ in 0..2 {
+        running.all(requests());
+        (0..REQUESTS as u64).for_each(|id| running.assert_as_alone(id));
+    }
+    assert!(running.answers[&31].usage().cached_tokens >= 64);
+    let mut running = Running::start(&Setup { pages: 7, ..two() });
+    running.all((0..10).map(request));
+    (0..10).for_each(|id| running.assert_as_alone(id));
+    let preemptions = running.answers.values().map(|a| a.usage().preemptions);
+    assert!(preemptions.sum::<u32>() > 0);
 }

@@ -1,6 +1,9 @@
 //! A worker's settings.
 
-use std::{fmt, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    fmt, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc, thread::available_parallelism,
+    time::Duration,
+};
 
 use shoal_core::{Class, PAGE_TOKENS};
 use shoal_engine::config::EngineConfig;
@@ -9,6 +12,8 @@ use shoal_fabric::{
     net::ListenConfig,
 };
 use shoal_kernels::isa::Isa;
+
+use crate::group::RankCommand;
 
 /// What runs the model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
@@ -55,6 +60,26 @@ pub fn parse_isa(name: &str) -> Result<Isa, ConfigError> {
     }
 }
 
+/// The name of an instruction set.
+pub(crate) fn isa_name(isa: Isa) -> &'static str {
+    match isa {
+        Isa::Scalar => "scalar",
+        Isa::Avx2 => "avx2",
+        Isa::Avx512 => "avx512",
+    }
+}
+
+/// A tensor-parallel group on this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupConfig {
+    /// Ranks, the worker itself included. At least 2.
+    pub ranks: usize,
+    /// How the others are started.
+    pub command: RankCommand,
+    /// How long a rank is waited for within a step before it counts as hung.
+    pub patience: Duration,
+}
+
 /// The settings of a worker.
 #[derive(Clone, Debug)]
 pub struct WorkerConfig {
@@ -74,7 +99,9 @@ pub struct WorkerConfig {
     pub backend: BackendKind,
     /// Instruction set of the `cpu` backend; absent is the best of the machine.
     pub isa: Option<Isa>,
-    /// Threads that compute; absent is one per CPU.
+    /// Ranks that share the model; absent is the worker alone.
+    pub tensor_parallel: Option<GroupConfig>,
+    /// Threads that compute, of each rank; absent is an equal share of the CPUs.
     pub threads: Option<NonZeroUsize>,
     /// Bytes of the KV pool; absent is a quarter of the memory that is available, between
     /// one full context and 1 GiB.
@@ -103,6 +130,7 @@ impl WorkerConfig {
             advertise: None,
             backend: BackendKind::default(),
             isa: None,
+            tensor_parallel: None,
             threads: None,
             kv_bytes: None,
             context: None,
@@ -132,10 +160,30 @@ impl WorkerConfig {
                 given: group.clone(),
             });
         }
+        if let Some(group) = &self.tensor_parallel {
+            let (name, least) = ("tensor_parallel", 2);
+            if group.ranks < least {
+                return Err(ConfigError::Least { name, least });
+            }
+            if self.backend != BackendKind::Cpu {
+                return Err(ConfigError::GroupBackend);
+            }
+        }
         if let Some(isa) = self.isa.filter(|isa| !isa.is_available()) {
             return Err(ConfigError::IsaMissing { isa });
         }
         Ok(())
+    }
+
+    /// Ranks, the worker itself included.
+    pub(crate) fn ranks(&self) -> usize {
+        self.tensor_parallel.as_ref().map_or(1, |group| group.ranks)
+    }
+
+    /// Threads of each rank.
+    pub(crate) fn rank_threads(&self) -> usize {
+        let share = || available_parallelism().map_or(1, usize::from) / self.ranks();
+        self.threads.map_or_else(share, usize::from).max(1)
     }
 
     /// The served name.
@@ -184,6 +232,9 @@ pub enum ConfigError {
         /// What was given.
         given: String,
     },
+    /// Only one backend can be split.
+    #[error("tensor parallelism needs the cpu backend")]
+    GroupBackend,
     /// The path of the model gives no name, and none was set.
     #[error("the model has no name")]
     Name,
@@ -246,7 +297,9 @@ mod tests {
             assert_eq!(kind.to_string().parse(), Ok(kind));
         }
         assert!("cuda".parse::<BackendKind>().is_err());
-        assert_eq!(parse_isa("avx2"), Ok(Isa::Avx2));
+        for isa in Isa::ALL {
+            assert_eq!(parse_isa(isa_name(isa)), Ok(isa));
+        }
         assert!(parse_isa("AVX2").is_err());
     }
 }

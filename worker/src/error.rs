@@ -2,7 +2,7 @@ use shoal_core::Class;
 use shoal_engine::engine::EngineError;
 use shoal_fabric::{membership::EndpointError, net::NetError};
 
-use crate::{config::ConfigError, load::LoadError};
+use crate::{config::ConfigError, group::GroupError, load::LoadError};
 
 /// Why a worker ended, or never came up.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +30,9 @@ pub enum WorkerError {
         /// Why.
         source: LoadError,
     },
+    /// This rank cannot be one of its group.
+    #[error(transparent)]
+    Group(#[from] GroupError),
     /// The operating system gave no thread to load on.
     #[error("cannot start the loading thread")]
     LoadThread(#[source] std::io::Error),
@@ -62,6 +65,7 @@ impl WorkerError {
             Self::Load { source, .. } => source.class(),
             Self::Engine(error) => error.class(),
             Self::Endpoint(error) => error.class(),
+            Self::Group(error) => error.class(),
             Self::WarmUp(_)
             | Self::FirstRun { .. }
             | Self::Address(_)

@@ -6,6 +6,7 @@
 mod bulk;
 mod config;
 mod error;
+mod group;
 mod load;
 mod member;
 mod memory;
@@ -23,7 +24,8 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use config::{BackendKind, ConfigError, WorkerConfig, parse_isa};
+pub use config::{BackendKind, ConfigError, GroupConfig, WorkerConfig, parse_isa};
 pub use error::WorkerError;
 pub use load::{LoadError, Loaded};
 pub use run::{run, run_with};
+pub use group::{GroupError, RankCommand, Watch, run_rank};

@@ -1,19 +1,20 @@
 //! From a model file to a backend and a tokenizer.
 
-use std::thread::available_parallelism;
+use std::sync::Arc;
 
 use candle_core::Device;
 use shoal_core::{Class, PAGE_TOKENS};
 use shoal_engine::backend::{Backend, BackendError};
 use shoal_engine::candle::{CandleBackend, CandleOptions, CandleWeights};
-use shoal_engine::cpu::{CpuBackend, CpuOptions};
+use shoal_engine::cpu::{CpuBackend, CpuOptions, ShardPlan};
 use shoal_engine::spec::{ModelSpec, SpecError};
 use shoal_gguf::{Gguf, GgufError};
 use shoal_kernels::Isa;
 use shoal_proto::worker::TokenizerBundle;
 use shoal_text::{TextError, bundle_from_gguf};
 
-use crate::config::{BackendKind, WorkerConfig};
+use crate::config::{BackendKind, ConfigError, WorkerConfig, isa_name, parse_isa};
+use crate::group::{GroupBackend, GroupError, Part, Watch};
 use crate::memory;
 
 /// Most bytes of the KV pool that are taken unasked.
@@ -25,6 +26,8 @@ pub struct Loaded {
     pub backend: Box<dyn Backend>,
     /// What routers need to speak to it.
     pub tokenizer: TokenizerBundle,
+    /// Where it is shared among ranks.
+    pub group: Option<Arc<Watch>>,
 }
 
 /// Why a file gives no model.
@@ -39,6 +42,12 @@ pub enum LoadError {
     /// Its tokenizer is not supported.
     #[error(transparent)]
     Text(#[from] TextError),
+    /// Its ranks did not come together.
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    /// Rank 0 named an instruction set of another version.
+    #[error(transparent)]
+    Isa(#[from] ConfigError),
     /// The backend refused it.
     #[error(transparent)]
     Backend(#[from] BackendError),
@@ -49,6 +58,7 @@ impl LoadError {
     pub fn class(&self) -> Class {
         match self {
             Self::Backend(error) => error.class(),
+            Self::Group(error) => error.class(),
             _ => Class::Fatal,
         }
     }
@@ -72,19 +82,37 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
     let pages = pages(config, &spec, weights, available)?;
     let max_rows = config.engine.step_rows;
     let max_logit_rows = config.engine.max_running.min(max_rows);
-    let backend: Box<dyn Backend> = match config.backend {
-        BackendKind::Cpu => {
-            let threads = config.threads.or_else(|| available_parallelism().ok());
+    let mut group = None;
+    let backend: Box<dyn Backend> = match (config.backend, &config.tensor_parallel) {
+        (BackendKind::Cpu, None) => {
             let options = CpuOptions {
                 isa: config.isa.unwrap_or_else(Isa::detect),
-                threads: threads.map_or(1, Into::into),
+                threads: config.rank_threads(),
                 pages,
                 max_rows,
                 max_logit_rows,
             };
             Box::new(CpuBackend::load(&gguf, spec, options)?)
         }
-        BackendKind::Candle => {
+        (BackendKind::Cpu, Some(settings)) => {
+            let part = Part {
+                model: config.model.clone(),
+                rank: 0,
+                world: settings.ranks,
+                context: spec.context,
+                isa: isa_name(config.isa.unwrap_or_else(Isa::detect)).to_owned(),
+                threads: config.rank_threads(),
+                pages,
+                max_rows,
+                max_logit_rows,
+            };
+            // Before processes are started for it.
+            ShardPlan::new(&spec, part.world).map_err(BackendError::from)?;
+            let watch = group.insert(Arc::new(Watch::new()));
+            let backend = GroupBackend::start(settings, part, Arc::clone(watch), &gguf, spec)?;
+            Box::new(backend)
+        }
+        (BackendKind::Candle, _) => {
             let options = CandleOptions {
                 weights: CandleWeights::Quantized,
                 device: Device::Cpu,
@@ -95,7 +123,37 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
             Box::new(CandleBackend::load(&gguf, spec, options)?)
         }
     };
-    Ok(Loaded { backend, tokenizer })
+    Ok(Loaded {
+        backend,
+        tokenizer,
+        group,
+    })
+}
+
+/// Loads what rank 0 says.
+pub(crate) fn rank(part: &Part) -> Result<CpuBackend, LoadError> {
+    let gguf = Gguf::open(&part.model)?;
+    let mut spec = ModelSpec::from_gguf(&gguf)?;
+    spec.context = part.context;
+    rank_of(&gguf, spec, part)
+}
+
+/// Loads a rank's part of a model.
+pub(crate) fn rank_of(gguf: &Gguf, spec: ModelSpec, part: &Part) -> Result<CpuBackend, LoadError> {
+    let options = CpuOptions {
+        isa: parse_isa(&part.isa)?,
+        threads: part.threads,
+        pages: part.pages,
+        max_rows: part.max_rows,
+        max_logit_rows: part.max_logit_rows,
+    };
+    let shards = ShardPlan::new(&spec, part.world).map_err(BackendError::from)?;
+    if part.rank >= part.world {
+        return Err(GroupError::Order.into());
+    }
+    Ok(CpuBackend::load_rank(
+        gguf, spec, options, shards, part.rank,
+    )?)
 }
 
 /// Pages of the KV pool, after a check that they and the weights fit.

@@ -1,6 +1,9 @@
 //! The life of a worker: listen, load, run once, serve, drain.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::SystemTime,
+};
 
 use axum::Router;
 use prost::Message;
@@ -27,6 +30,7 @@ use tonic::service::Routes;
 use crate::{
     config::WorkerConfig,
     error::WorkerError,
+    group::Watch,
     load::{self, LoadError, Loaded},
     member, probes,
     service::Service,
@@ -142,7 +146,7 @@ async fn live(
     let Some(serving) = shutdown.run_until_cancelled(start).await.transpose()? else {
         return Ok(());
     };
-    let engine = serving.engine.clone();
+    let (engine, group) = (serving.engine.clone(), serving.group.clone());
     tracing::info!(
         model = serving.description.model,
         backend = serving.description.backend,
@@ -153,8 +157,17 @@ async fn live(
     );
     worker.ready(serving);
     worker.shutdown.ready();
+    let follow = async {
+        match &group {
+            Some(group) => follow_group(worker, &engine, group).await,
+            None => std::future::pending().await,
+        }
+    };
     let serve = async {
-        shutdown.cancelled().await;
+        shutdown.run_until_cancelled(follow).await;
+        if let Some(group) = &group {
+            group.closing.store(true, Ordering::Release);
+        }
         tracing::info!("draining");
         worker.finish(&engine, drain).await;
     };
@@ -163,6 +176,22 @@ async fn live(
         () = serve => Ok(()),
         () = engine_ended.cancelled() => {
             Err(WorkerError::EngineStopped(engine.stopped().unwrap_or_default()))
+        }
+    }
+}
+
+/// Lets the engine look after a rank has ended, and the routers know while the group is broken.
+async fn follow_group(worker: &Worker, engine: &EngineHandle, group: &Watch) {
+    let (mut whole, mut deaths) = (group.whole.subscribe(), group.deaths.subscribe());
+    loop {
+        match *whole.borrow_and_update() {
+            true => worker.resume(),
+            false => worker.suspend(),
+        }
+        // The senders are in `group`.
+        tokio::select! {
+            _ = whole.changed() => {}
+            _ = deaths.changed() => engine.check(),
         }
     }
 }
@@ -188,7 +217,11 @@ fn assemble(
     sink: Sink,
 ) -> Result<Serving, WorkerError> {
     let model = config.served_name()?;
-    let Loaded { backend, tokenizer } = load(config).map_err(|source| WorkerError::Load {
+    let Loaded {
+        backend,
+        tokenizer,
+        group,
+    } = load(config).map_err(|source| WorkerError::Load {
         path: config.model.clone(),
         source,
     })?;
@@ -204,6 +237,7 @@ fn assemble(
         identity,
         description,
         bundle: bundle.into(),
+        group,
     })
 }
 
@@ -219,7 +253,7 @@ fn describe(backend: &dyn Backend, model: String, identity: &Identity) -> ModelD
         vocab_size: spec.vocab as u32,
         page_size: PAGE_TOKENS as u32,
         pages: backend.pages(),
-        tensor_parallel: 1,
+        tensor_parallel: backend.ranks() as u32,
         backend: backend.name().into(),
         numerics_id: identity.numerics_id.into(),
         epoch: identity.epoch,

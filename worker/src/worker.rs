@@ -13,7 +13,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::WorkerConfig, metrics::WorkerMetrics, pages::Pages, sessions::Sessions, wire::Identity,
+    config::WorkerConfig, group::Watch, metrics::WorkerMetrics, pages::Pages, sessions::Sessions,
+    wire::Identity,
 };
 
 /// Between looks at an engine that drains.
@@ -28,6 +29,8 @@ pub(crate) struct Serving {
     pub(crate) description: ModelDescription,
     /// The encoded `TokenizerBundle`.
     pub(crate) bundle: Bytes,
+    /// Where ranks share the model.
+    pub(crate) group: Option<Arc<Watch>>,
 }
 
 impl Serving {
@@ -99,6 +102,28 @@ impl Worker {
                 self.serving.get().cloned().ok_or(Closing)
             }
         }
+    }
+
+    /// The model cannot run: nobody should send sequences.
+    pub(crate) fn suspend(&self) {
+        self.state.send_if_modified(|state| {
+            let ready = *state == WorkerState::Ready;
+            if ready {
+                *state = WorkerState::Starting;
+            }
+            ready
+        });
+    }
+
+    /// It runs again.
+    pub(crate) fn resume(&self) {
+        self.state.send_if_modified(|state| {
+            let starting = *state == WorkerState::Starting;
+            if starting {
+                *state = WorkerState::Ready;
+            }
+            starting
+        });
     }
 
     /// Takes no new sequences; those that are left at the deadline end as preempted.

@@ -221,6 +221,7 @@ impl PacedWorker {
                     busy: meter,
                     stamps,
                 }) as Box<dyn Backend>,
+                group: None,
             })
         };
         let mut phase = shutdown.phase();

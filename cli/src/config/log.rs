@@ -39,3 +39,13 @@ impl LogSettings {
         Ok(LogConfig { format, filter })
     }
 }
+
+/// Arguments with which this program runs `role` and logs as `log` says.
+pub(super) fn arguments(role: &str, log: &LogConfig) -> Vec<String> {
+    let format = match log.format {
+        LogFormat::Human => "human",
+        LogFormat::Json => "json",
+    };
+    let arguments = [role, "--log", &log.filter, "--log-format", format];
+    arguments.map(str::to_owned).into()
+}

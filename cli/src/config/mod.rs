@@ -83,6 +83,8 @@ pub(crate) enum ConfigError {
     TwoMemberships,
     #[error(transparent)]
     Routing(#[from] shoal_router::RoutingError),
+    #[error("the path of this program is unknown")]
+    Program(#[source] io::Error),
     #[error("replicas must be at least 1")]
     NoReplicas,
     #[error("the environment holds a wrong value")]

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use shoal_fabric::telemetry::{LogConfig, LogFormat};
 
 use super::values::Time;
-use super::{ConfigError, RouterSettings, Section, WorkerSettings};
+use super::{ConfigError, RouterSettings, Section, WorkerSettings, log};
 use crate::store::ModelSource;
 use crate::up::UpConfig;
 
@@ -29,6 +29,10 @@ pub(crate) struct UpSettings {
     /// Worker processes; they share the machine's cores [default: 1]
     #[arg(long, env = "SHOAL_UP_REPLICAS", value_name = "N")]
     pub(crate) replicas: Option<usize>,
+
+    /// Processes of each worker, which share its model [default: the worker's setting]
+    #[arg(long, env = "SHOAL_UP_TENSOR_PARALLEL", value_name = "N")]
+    pub(crate) tensor_parallel: Option<NonZeroUsize>,
 
     /// How long running requests may go on after Ctrl-C [default: 30s]
     #[arg(long, env = "SHOAL_UP_DRAIN_TIMEOUT", value_name = "TIME")]
@@ -62,20 +66,9 @@ impl UpSettings {
         if replicas == 0 {
             return Err(ConfigError::NoReplicas);
         }
-        let format = match log.format {
-            LogFormat::Human => "human",
-            LogFormat::Json => "json",
-        };
         let role = |name: &str| {
-            let common = [
-                name,
-                "--supervised",
-                "--log",
-                &log.filter,
-                "--log-format",
-                format,
-            ];
-            let mut arguments: Vec<String> = common.map(str::to_owned).into();
+            let mut arguments = log::arguments(name, log);
+            arguments.push("--supervised".to_owned());
             if let Some(file) = file {
                 arguments.extend(["--config".to_owned(), file.display().to_string()]);
             }
@@ -88,9 +81,14 @@ impl UpSettings {
         let mut worker_arguments = role("worker");
         worker_arguments.extend(["--listen".to_owned(), "127.0.0.1:0".to_owned()]);
         worker_arguments.extend(["--model".to_owned(), model.display().to_string()]);
+        let ranks = self.tensor_parallel.or(worker.tensor_parallel);
+        let ranks = ranks.map_or(1, NonZeroUsize::get);
+        if let Some(ranks) = self.tensor_parallel {
+            worker_arguments.extend(["--tensor-parallel".to_owned(), ranks.to_string()]);
+        }
         if replicas > 1 && worker.threads.is_none() {
             let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-            let share = (cores / replicas).max(1);
+            let share = (cores / (replicas * ranks)).max(1);
             worker_arguments.extend(["--threads".to_owned(), share.to_string()]);
         }
         Ok(UpConfig {

@@ -3,14 +3,16 @@
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use shoal_fabric::net::{Limits, ListenConfig};
-use shoal_worker::{WorkerConfig, parse_isa};
+use shoal_fabric::telemetry::LogConfig;
+use shoal_worker::{GroupConfig, RankCommand, WorkerConfig, parse_isa};
 
 use super::values::{Size, Time};
-use super::{ConfigError, Section, tls};
+use super::{ConfigError, Section, log, tls};
 
 /// A worker's settings as flags, variables and the file give them.
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
@@ -44,7 +46,15 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_ISA", value_name = "ISA")]
     pub(crate) isa: Option<String>,
 
-    /// Threads that compute [default: one per CPU]
+    /// Processes that share the model on this machine, each with a part of it [default: 1]
+    #[arg(long, env = "SHOAL_WORKER_TENSOR_PARALLEL", value_name = "N")]
+    pub(crate) tensor_parallel: Option<NonZeroUsize>,
+
+    /// How long a process of the group may keep the others waiting before it is started again [default: 2s]
+    #[arg(long, env = "SHOAL_WORKER_RANK_TIMEOUT", value_name = "TIME")]
+    pub(crate) rank_timeout: Option<Time>,
+
+    /// Threads that compute, in each process [default: an equal share of the CPUs]
     #[arg(long, env = "SHOAL_WORKER_THREADS", value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
 
@@ -115,8 +125,13 @@ impl Section for WorkerSettings {
 }
 
 impl WorkerSettings {
-    /// The configuration of a worker that serves the file at `model`.
-    pub(crate) fn config(self, model: PathBuf) -> Result<WorkerConfig, ConfigError> {
+    /// The configuration of a worker that serves the file at `model`, and whose other ranks log
+    /// as `log` says.
+    pub(crate) fn config(
+        self,
+        model: PathBuf,
+        log: &LogConfig,
+    ) -> Result<WorkerConfig, ConfigError> {
         let listen = ListenConfig {
             address: self.listen.unwrap_or(([127, 0, 0, 1], 9090).into()),
             tls: tls::server("worker", self.tls_cert, self.tls_key, self.tls_client_ca)?,
@@ -136,12 +151,25 @@ impl WorkerSettings {
             Some(name) => name.parse()?,
             None => default.backend,
         };
+        let ranks = self.tensor_parallel.map_or(1, NonZeroUsize::get);
+        let tensor_parallel = match ranks {
+            1 => None,
+            ranks => Some(GroupConfig {
+                ranks,
+                command: RankCommand {
+                    program: std::env::current_exe().map_err(ConfigError::Program)?,
+                    arguments: log::arguments("rank", log),
+                },
+                patience: time(self.rank_timeout, Duration::from_secs(2)),
+            }),
+        };
         Ok(WorkerConfig {
             name: self.name,
             group: self.group,
             advertise: self.advertise.map(|address| address.parse()).transpose()?,
             backend,
             isa: self.isa.as_deref().map(parse_isa).transpose()?,
+            tensor_parallel,
             threads: self.threads,
             kv_bytes: self.kv_size.map(|size| size.0),
             context: self.context,

@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use shoal_core::{Class, Role};
 
+use shoal_collective::CollectiveError;
+
+use crate::cpu::ShardError;
 use crate::spec::ModelSpec;
 
 /// Equal ids give equal logits, bit for bit: a hash of the weights, the numerics version of
@@ -88,6 +91,30 @@ pub enum BackendError {
         /// Bytes there are.
         available: u64,
     },
+    /// The model cannot be split so.
+    #[error(transparent)]
+    Shards(#[from] ShardError),
+    /// The seat in a group is not the rank's.
+    #[error("seat {seat} of {seats} is not for rank {rank} of {world}")]
+    Seat {
+        /// The rank.
+        rank: usize,
+        /// Ranks of its split.
+        world: usize,
+        /// The seat.
+        seat: usize,
+        /// Seats of the group.
+        seats: usize,
+    },
+    /// A rank of the group failed, and with it the keys and values that it holds.
+    #[error("the group of ranks is broken")]
+    Group(#[from] CollectiveError),
+    /// This rank is in no group.
+    #[error("the ranks have not met")]
+    NoGroup,
+    /// What rank 0 sent is no step of this model.
+    #[error("rank 0 sent no plan of a step")]
+    Plan,
     /// The device or library under the backend failed.
     #[error("the device failed")]
     Device(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -97,9 +124,16 @@ impl BackendError {
     /// What to do about it.
     pub fn class(&self) -> Class {
         match self {
-            Self::Device(_) => Class::Retry,
+            Self::Device(_) | Self::NoGroup => Class::Retry,
+            Self::Group(error) => error.class(),
+            Self::Shards(error) => error.class(),
             _ => Class::Fatal,
         }
+    }
+
+    /// Whether the whole KV pool is lost with the step.
+    pub fn loses_pages(&self) -> bool {
+        matches!(self, Self::Group(_) | Self::NoGroup)
     }
 }
 
@@ -122,6 +156,28 @@ pub trait Backend: Send {
 
     /// Most rows of one step that want logits.
     fn max_logit_rows(&self) -> usize;
+
+    /// Processes that run a step together.
+    fn ranks(&self) -> usize {
+        1
+    }
+
+    /// Whether it can run a step, as far as is known without running one.
+    ///
+    /// # Errors
+    /// As `step`.
+    fn intact(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    /// Makes it able to run a step again, with an empty KV pool, after an error that
+    /// [loses the pages](BackendError::loses_pages).
+    ///
+    /// # Errors
+    /// When it will not be able again.
+    fn recover(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
 
     /// Stores the keys and values of every row, and writes the logits of row
     /// `batch.logit_rows[i]` to `logits[i * vocab..][..vocab]`.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use shoal_core::Class;
 
-use crate::backend::{Backend, NumericsId};
+use crate::backend::{Backend, BackendError, NumericsId};
 use crate::config::{ConfigError, EngineConfig, Limits};
 use crate::metrics::EngineMetrics;
 use crate::request::{Finish, Load, Request, SequenceKey, StepSink, SubmitError};
@@ -128,6 +128,7 @@ struct Inbox {
     running: usize,
     ordinal: u64,
     drain: Option<Drain>,
+    check: bool,
     stop: bool,
     /// Why the thread has ended.
     stopped: Option<String>,
@@ -219,6 +220,13 @@ impl EngineHandle {
         Duration::from_micros(self.owner.shared.expected.load(Ordering::Relaxed))
     }
 
+    /// Looks whether the backend is intact, and mends it if not, without waiting for a step to
+    /// fail.
+    pub fn check(&self) {
+        lock(&self.owner.shared.inbox).check = true;
+        self.owner.shared.wake.notify_one();
+    }
+
     /// Takes no new sequences. Those still here at the deadline, if there is one, end with
     /// [`Finish::Preempted`]. A second call replaces the deadline.
     pub fn drain(&self, deadline: Option<Instant>) {
@@ -303,6 +311,7 @@ impl Loop {
             let mut inbox = lock(&self.shared.inbox);
             while self.stepper.is_idle()
                 && !inbox.stop
+                && !inbox.check
                 && inbox.submitted.is_empty()
                 && inbox.cancelled.is_empty()
             {
@@ -318,6 +327,7 @@ impl Loop {
             std::mem::swap(&mut inbox.submitted, &mut submitted);
             std::mem::swap(&mut inbox.cancelled, &mut cancelled);
             let drain = inbox.drain;
+            let check = std::mem::take(&mut inbox.check);
             drop(inbox);
 
             for sequence in submitted.drain(..) {
@@ -332,13 +342,29 @@ impl Loop {
             if deadline.is_some_and(|deadline| deadline <= self.stepper.now()) {
                 self.stepper.end(Finish::Preempted, |_| true);
             }
-            let result = self.stepper.step();
+            let result = match check {
+                true => self.stepper.look(),
+                false => Ok(()),
+            };
+            let result = result.and_then(|()| self.stepper.step());
             self.publish();
-            if let Err(error) = result {
+            if let Err(error) = result.or_else(|error| self.recover(error)) {
                 tracing::error!(%error, "the backend is broken; the engine stops");
                 return error.to_string();
             }
         }
+    }
+
+    /// After a step that failed: goes on if that can be.
+    fn recover(&mut self, error: BackendError) -> Result<(), BackendError> {
+        if error.class() == Class::Fatal {
+            return Err(error);
+        }
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "the backend has lost its pages"
+        );
+        self.stepper.recover()
     }
 
     /// Publishes what has been made, and forgets the sequences that ended.

@@ -117,8 +117,28 @@ impl Stepper {
         (&mut self.output, load)
     }
 
-    /// Runs one step. An error means that the backend can run no other; what failed for the
-    /// moment only ends the sequences of the step.
+    /// Whether the backend can run a step; where it has lost its pages, their sequences end.
+    pub(crate) fn look(&mut self) -> Result<(), BackendError> {
+        let result = self.backend.intact();
+        if result.as_ref().is_err_and(BackendError::loses_pages) {
+            self.lose_pages();
+        }
+        result
+    }
+
+    /// Makes the backend able to run a step again.
+    pub(crate) fn recover(&mut self) -> Result<(), BackendError> {
+        self.backend.recover()
+    }
+
+    fn lose_pages(&mut self) {
+        let output = &mut self.output;
+        self.scheduler
+            .lose_pages(|sequence| output.farewell(sequence, Finish::Preempted));
+    }
+
+    /// Runs one step. An error means that the backend can run no other before it has
+    /// recovered, if ever; what failed for the moment only ends the sequences of the step.
     pub(crate) fn step(&mut self) -> Result<(), BackendError> {
         let start = self.now();
         let output = &mut self.output;
@@ -145,6 +165,10 @@ impl Stepper {
         self.expected.store(0, Ordering::Relaxed);
         if let Err(error) = result {
             self.metrics.failed_steps.inc();
+            if error.loses_pages() {
+                self.lose_pages();
+                return Err(error);
+            }
             if error.class() == Class::Fatal {
                 return Err(error);
             }

@@ -1,11 +1,54 @@
 //! What lies between the matrix products, where it is no part of one.
 
+use std::ops::Range;
+
 use crate::norm::rms_norm;
+use crate::pool::Scatter;
 use crate::quant::Activations;
 use crate::team::Team;
 
 /// Rows that one thread does at once; fewer are not worth waking another.
 const ROWS: usize = 4;
+
+/// Numbers that one thread adds or moves at once.
+const NUMBERS: usize = 8192;
+
+/// Adds `parts` to `x`, one after the other.
+///
+/// # Panics
+/// When a part is shorter than `x`.
+pub fn add(team: &mut Team, x: &mut [f32], parts: &[&[f32]]) {
+    let len = x.len();
+    assert!(parts.iter().all(|part| part.len() >= len));
+    let x = Scatter::new(x);
+    team.pool.phase(len.div_ceil(NUMBERS), |item| {
+        let first = item * NUMBERS;
+        // SAFETY: every item has its own numbers.
+        let x = unsafe { x.part(first, NUMBERS.min(len - first)) };
+        for part in parts {
+            let part = &part[first..first + x.len()];
+            x.iter_mut().zip(part).for_each(|(x, part)| *x += part);
+        }
+    });
+}
+
+/// Copies rows to `columns` of rows of `width` numbers.
+///
+/// # Panics
+/// When they do not fit.
+pub fn place(team: &mut Team, rows: &[f32], columns: Range<usize>, out: &mut [f32], width: usize) {
+    let count = rows.len() / columns.len();
+    assert!(columns.end <= width && count * width <= out.len());
+    let pieces = columns.len().div_ceil(NUMBERS);
+    let out = Scatter::new(out);
+    team.pool.phase(count * pieces, |item| {
+        let (row, first) = (item / pieces, item % pieces * NUMBERS);
+        let len = NUMBERS.min(columns.len() - first);
+        // SAFETY: every item has its own numbers.
+        let to = unsafe { out.part(row * width + columns.start + first, len) };
+        to.copy_from_slice(&rows[row * columns.len() + first..][..len]);
+    });
+}
 
 /// Normalises rows of `weight.len()` numbers and quantises them: row i of `out` is row
 /// `pick[i]` of `x`, or row i without `pick`.
@@ -34,4 +77,37 @@ pub fn norm_quantize(
                 unsafe { out.write_shared(isa, row, 0, normal) };
             }
         });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Isa;
+    use crate::testing::random;
+
+    #[test]
+    fn parts_are_added_in_order_and_rows_placed() {
+        for threads in [1, 3] {
+            let mut team = Team::new(threads, Isa::Scalar, 64, 64).unwrap();
+            let len = 2 * NUMBERS + 77;
+            let [mut x, a, b] = [1, 2, 3].map(|seed| random(len, seed));
+            let expected: Vec<f32> = (0..len).map(|i| x[i] + a[i] + b[i]).collect();
+            add(&mut team, &mut x, &[&a, &b]);
+            assert_eq!(x, expected);
+
+            let (columns, width) = (5..NUMBERS + 9, NUMBERS + 20);
+            let rows = random(3 * columns.len(), 4);
+            let mut out = vec![7.0; 3 * width];
+            place(&mut team, &rows, columns.clone(), &mut out, width);
+            for (row, out) in rows.chunks(columns.len()).zip(out.chunks(width)) {
+                assert_eq!(out[columns.clone()], *row);
+                assert!(
+                    out[..5]
+                        .iter()
+                        .chain(&out[columns.end..])
+                        .all(|&x| x == 7.0)
+                );
+            }
+        }
+    }
 }

@@ -25,6 +25,7 @@ async fn it_answers_while_it_loads() {
             Ok(Loaded {
                 backend: Box::new(backend),
                 tokenizer: tokenizer(),
+                group: None,
             })
         },
     )
@@ -100,6 +101,7 @@ async fn a_model_that_cannot_run_ends_the_worker() {
             Ok(Loaded {
                 backend: Box::new(backend),
                 tokenizer: tokenizer(),
+                group: None,
             })
         },
     )

@@ -60,7 +60,9 @@ fn every_backend_loads_a_model() {
     for kind in [BackendKind::Cpu, BackendKind::Candle] {
         let mut config = file.config();
         config.backend = kind;
-        let Loaded { backend, tokenizer } = load::model(&config).unwrap();
+        let Loaded {
+            backend, tokenizer, ..
+        } = load::model(&config).unwrap();
         assert_eq!(backend.name(), kind.to_string());
         assert_eq!(backend.spec().context, CONTEXT);
         assert_eq!(tokenizer.tokens.len(), backend.spec().vocab);

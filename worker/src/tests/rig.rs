@@ -72,6 +72,7 @@ impl Rig {
             Ok(Loaded {
                 backend: Box::new(backend),
                 tokenizer: tokenizer(),
+                group: None,
             })
         };
         Self::loading(change, control, load).await

@@ -1,23 +1,29 @@
 //! The CPU backend: every row on the int8 path, bf16 keys and values, one order of
 //! operations for every instruction set, batch and thread count.
+//!
+//! The ranks of a tensor-parallel group are backends of a [shard](ShardPlan) each. Rank 0 is the
+//! one that an engine has: its step sends the batch to the others, who [follow](CpuBackend::follow).
 
+mod forward;
+mod pack;
+mod shard;
 mod weights;
+mod words;
 
 use sha2::{Digest, Sha256};
+use shoal_collective::Collective;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
 use shoal_kernels::attention::MAX_QUERIES;
-use shoal_kernels::elementwise::norm_quantize;
-use shoal_kernels::gemm::{Write, gated, multiply};
 use shoal_kernels::kv::{HEAD_MULTIPLE, Heads, KvPool, Plan, Run};
-use shoal_kernels::norm::rms_norm_in_place;
 use shoal_kernels::quant::{Activations, BLOCK};
-use shoal_kernels::rope::{fill_table, rotate_halves, rotate_interleaved};
 use shoal_kernels::team::Team;
 
-use crate::backend::{Backend, BackendError, Batch, NumericsId};
+use crate::backend::{Backend, BackendError, Batch, NumericsId, Segment};
 use crate::digest::weights_digest;
-use crate::spec::{ModelSpec, RopeKind};
+use crate::spec::ModelSpec;
+use forward::Group;
+pub use shard::{Shard, ShardError, ShardPlan};
 use weights::{Linear, Weights};
 
 /// Raised whenever a change of the kernels changes a bit of a result.
@@ -43,6 +49,13 @@ pub struct CpuBackend {
     spec: ModelSpec,
     options: CpuOptions,
     numerics_id: NumericsId,
+    shards: ShardPlan,
+    shard: Shard,
+    heads: Heads,
+    group: Group,
+    /// The plan of a step, for the other ranks or from rank 0.
+    words: Vec<u32>,
+    segments: Vec<Segment>,
     team: Team,
     weights: Weights,
     kv: KvPool,
@@ -63,29 +76,61 @@ struct Scratch {
 }
 
 impl CpuBackend {
-    /// Bytes of one page of the KV pool.
+    /// Bytes of one page of the KV pool, of all ranks together where no head is shared.
     pub fn page_bytes(spec: &ModelSpec) -> usize {
-        KvPool::page_bytes(heads(spec), spec.n_layer)
+        let heads = Heads {
+            q: spec.n_head,
+            kv: spec.n_kv_head,
+            dim: spec.head_dim,
+        };
+        KvPool::page_bytes(heads, spec.n_layer)
     }
 
-    /// Packs the weights and allocates the KV pool.
+    /// Packs the weights and allocates the KV pool, as the only rank.
     ///
     /// # Errors
     /// When a tensor is missing, the kernels can't take a width, or memory or threads are
     /// refused.
     pub fn load(gguf: &Gguf, spec: ModelSpec, options: CpuOptions) -> Result<Self, BackendError> {
+        let shards = ShardPlan::new(&spec, 1)?;
+        Self::load_rank(gguf, spec, options, shards, 0)
+    }
+
+    /// The same for what a rank of several has. It runs no step before it has
+    /// [joined](Self::join) a group.
+    ///
+    /// # Errors
+    /// As `load`.
+    ///
+    /// # Panics
+    /// When there is no such rank.
+    pub fn load_rank(
+        gguf: &Gguf,
+        spec: ModelSpec,
+        options: CpuOptions,
+        shards: ShardPlan,
+        rank: usize,
+    ) -> Result<Self, BackendError> {
         check(&spec)?;
-        let heads = heads(&spec);
+        let shard = shards.shards()[rank].clone();
+        let heads = Heads {
+            q: shard.q.len(),
+            kv: shard.kv.len(),
+            dim: spec.head_dim,
+        };
         let q_width = heads.q * heads.dim;
         let device = |error: std::io::Error| BackendError::Device(Box::new(error));
         let mut team =
             Team::new(options.threads, options.isa, spec.d_model, heads.dim).map_err(device)?;
-        let weights = Weights::load(gguf, &spec, &mut team)?;
+        let weights = Weights::load(gguf, &spec, &shard, &mut team)?;
         let kv = KvPool::new(heads, spec.n_layer, options.pages as usize).map_err(device)?;
         let mut sha = Sha256::new();
         sha.update(weights_digest(gguf, &spec));
         sha.update(b"cpu bf16");
         sha.update(NUMERICS_VERSION.to_le_bytes());
+        if shards.world() > 1 {
+            shards.hash(&mut sha);
+        }
         let rows = options.max_rows;
         let scratch = Scratch {
             residual: vec![0.0; rows * spec.d_model],
@@ -94,19 +139,111 @@ impl CpuBackend {
             attn_in: inputs(rows, spec.d_model, weights.each(|layer| &layer.qkv)),
             attn_out: inputs(rows, q_width, weights.each(|layer| &layer.attn_output)),
             ffn_in: inputs(rows, spec.d_model, weights.each(|layer| &layer.gate_up)),
-            ffn_out: inputs(rows, spec.d_ff, weights.each(|layer| &layer.down)),
+            ffn_out: inputs(rows, shard.ff.len(), weights.each(|layer| &layer.down)),
             head: inputs(rows, spec.d_model, std::iter::once(&weights.head)),
         };
         Ok(Self {
             numerics_id: NumericsId(sha.finalize().into()),
+            plan: Plan::new(heads, team.threads(), rows),
+            shards,
+            shard,
+            heads,
+            group: None,
+            words: Vec::new(),
+            segments: Vec::new(),
             spec,
             options,
-            plan: Plan::new(heads, team.threads(), rows),
             team,
             weights,
             kv,
             scratch,
         })
+    }
+
+    /// Its number among the ranks.
+    pub fn rank(&self) -> usize {
+        self.shard.rank
+    }
+
+    /// Words of the largest frame of a group of such ranks.
+    pub fn frame_words(&self) -> usize {
+        let CpuOptions {
+            max_rows,
+            max_logit_rows,
+            ..
+        } = self.options;
+        let vocab = self.shards.shards().iter().map(|shard| shard.vocab.len());
+        (max_rows * self.spec.d_model)
+            .max(max_logit_rows * vocab.max().unwrap_or(0))
+            .max(words::most(max_rows, max_logit_rows, self.spec.context))
+    }
+
+    /// Takes its seat in a group, in place of an earlier one. What the KV pool holds is void.
+    ///
+    /// # Errors
+    /// When the seat is not this rank's, or the group of another size.
+    pub fn join(&mut self, seat: Box<dyn Collective>) -> Result<(), BackendError> {
+        let (rank, world) = (self.shard.rank, self.shards.world());
+        if (seat.rank(), seat.world()) != (rank, world) {
+            return Err(BackendError::Seat {
+                rank,
+                world,
+                seat: seat.rank(),
+                seats: seat.world(),
+            });
+        }
+        self.group = Some(seat);
+        Ok(())
+    }
+
+    /// Leaves its group: the other ranks see it as lost.
+    pub fn leave(&mut self) {
+        self.group = None;
+    }
+
+    /// Waits for a step of rank 0's and does this rank's share of it.
+    ///
+    /// # Errors
+    /// When a rank is lost, or the step is not one for this model.
+    pub fn follow(&mut self) -> Result<(), BackendError> {
+        let group = self.group.as_mut().ok_or(BackendError::NoGroup)?;
+        group.broadcast(&mut self.words)?;
+        let words = std::mem::take(&mut self.words);
+        let mut segments = std::mem::take(&mut self.segments);
+        let result = match words::decode(&words, &mut segments) {
+            Some(batch) => self.run(&batch, &mut []),
+            None => Err(BackendError::Plan),
+        };
+        (self.words, self.segments) = (words, segments);
+        result
+    }
+
+    /// The residual stream of the last step's first rows: every rank has the same.
+    pub fn residual(&self) -> &[f32] {
+        &self.scratch.residual[..self.plan.rows() * self.spec.d_model]
+    }
+
+    fn fits(&self, batch: &Batch<'_>) -> Result<(), BackendError> {
+        for (rows, max) in [
+            (batch.tokens.len(), self.options.max_rows),
+            (batch.logit_rows.len(), self.options.max_logit_rows),
+        ] {
+            if rows > max {
+                return Err(BackendError::BatchTooLarge { rows, max });
+            }
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
+        self.fits(batch)?;
+        self.plan.set(batch.segments.iter().map(|segment| Run {
+            row: segment.rows.start as usize,
+            rows: segment.rows.len(),
+            position: batch.positions[segment.rows.start as usize] as usize,
+            pages: &batch.page_table[segment.pages.start as usize..segment.pages.end as usize],
+        }));
+        Ok(self.forward(batch, logits)?)
     }
 }
 
@@ -145,14 +282,6 @@ fn check(spec: &ModelSpec) -> Result<(), BackendError> {
     Ok(())
 }
 
-fn heads(spec: &ModelSpec) -> Heads {
-    Heads {
-        q: spec.n_head,
-        kv: spec.n_kv_head,
-        dim: spec.head_dim,
-    }
-}
-
 impl Backend for CpuBackend {
     fn name(&self) -> &'static str {
         "cpu"
@@ -178,128 +307,17 @@ impl Backend for CpuBackend {
         self.options.max_logit_rows
     }
 
+    fn ranks(&self) -> usize {
+        self.shards.world()
+    }
+
     fn step(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
-        let rows = batch.tokens.len();
-        for (rows, max) in [
-            (rows, self.options.max_rows),
-            (batch.logit_rows.len(), self.options.max_logit_rows),
-        ] {
-            if rows > max {
-                return Err(BackendError::BatchTooLarge { rows, max });
-            }
+        if self.shards.world() > 1 {
+            self.fits(batch)?;
+            let group = self.group.as_mut().ok_or(BackendError::NoGroup)?;
+            words::encode(batch, &mut self.words);
+            group.broadcast(&mut self.words)?;
         }
-        self.plan.set(batch.segments.iter().map(|segment| Run {
-            row: segment.rows.start as usize,
-            rows: segment.rows.len(),
-            position: batch.positions[segment.rows.start as usize] as usize,
-            pages: &batch.page_table[segment.pages.start as usize..segment.pages.end as usize],
-        }));
-        self.embed(batch);
-        for layer in 0..self.spec.n_layer {
-            self.attention(layer);
-            self.feed_forward(layer);
-        }
-        self.head(batch, logits);
-        Ok(())
-    }
-}
-
-impl CpuBackend {
-    fn embed(&mut self, batch: &Batch<'_>) {
-        let Scratch { residual, rope, .. } = &mut self.scratch;
-        for (x, &token) in residual
-            .chunks_exact_mut(self.spec.d_model)
-            .zip(batch.tokens)
-        {
-            self.weights.embed(token, x);
-        }
-        let spec = &self.spec.rope;
-        let width = 2 * spec.inv_freq.len();
-        for (table, &position) in rope.chunks_exact_mut(width).zip(batch.positions) {
-            fill_table(position, &spec.inv_freq, spec.magnitude, table);
-        }
-    }
-
-    fn attention(&mut self, index: usize) {
-        let (spec, isa, team) = (&self.spec, self.options.isa, &mut self.team);
-        let (layer, rows) = (&self.weights.layers[index], self.plan.rows());
-        let s = &mut self.scratch;
-        let x = &mut s.residual[..rows * spec.d_model];
-        norm_quantize(
-            team,
-            x,
-            None,
-            &layer.attn_norm,
-            spec.rms_eps,
-            &mut s.attn_in,
-        );
-
-        let heads = heads(spec);
-        let scale = 1.0 / (heads.dim as f32).sqrt();
-        let (tables, table_width) = (&s.rope, 2 * spec.rope.inv_freq.len());
-        let inputs = (self.weights.linear(&layer.qkv), &s.attn_in);
-        self.kv.project(
-            team,
-            index,
-            &self.plan,
-            inputs,
-            &mut s.queries,
-            &|row, head, values| {
-                if spec.qkv_bias {
-                    let bias = &layer.qkv_bias[head * heads.dim..][..heads.dim];
-                    values.iter_mut().zip(bias).for_each(|(v, b)| *v += b);
-                }
-                if head >= heads.q + heads.kv {
-                    return;
-                }
-                if spec.qk_norm {
-                    let weight = if head < heads.q {
-                        &layer.q_norm
-                    } else {
-                        &layer.k_norm
-                    };
-                    rms_norm_in_place(isa, values, weight, spec.rms_eps);
-                }
-                let table = &tables[row * table_width..][..table_width];
-                match spec.rope.kind {
-                    RopeKind::Interleaved => rotate_interleaved(values, table),
-                    RopeKind::Halves => rotate_halves(values, table),
-                }
-                if head < heads.q {
-                    values.iter_mut().for_each(|v| *v *= scale);
-                }
-            },
-        );
-        self.kv
-            .attend(team, index, &mut self.plan, &s.queries, &mut s.attn_out);
-        let output = self.weights.linear(&layer.attn_output);
-        multiply(team, output, &s.attn_out, rows, x, Write::Add);
-    }
-
-    fn feed_forward(&mut self, index: usize) {
-        let (spec, team) = (&self.spec, &mut self.team);
-        let (layer, rows) = (&self.weights.layers[index], self.plan.rows());
-        let s = &mut self.scratch;
-        let x = &mut s.residual[..rows * spec.d_model];
-        norm_quantize(team, x, None, &layer.ffn_norm, spec.rms_eps, &mut s.ffn_in);
-        let gate_up = self.weights.linear(&layer.gate_up);
-        gated(team, gate_up, &s.ffn_in, rows, &mut s.ffn_out);
-        let down = self.weights.linear(&layer.down);
-        multiply(team, down, &s.ffn_out, rows, x, Write::Add);
-    }
-
-    fn head(&mut self, batch: &Batch<'_>, logits: &mut [f32]) {
-        let (spec, team, s) = (&self.spec, &mut self.team, &mut self.scratch);
-        let (weight, picked) = (&self.weights.output_norm, batch.logit_rows);
-        norm_quantize(
-            team,
-            &s.residual,
-            Some(picked),
-            weight,
-            spec.rms_eps,
-            &mut s.head,
-        );
-        let head = self.weights.linear(&self.weights.head);
-        multiply(team, head, &s.head, picked.len(), logits, Write::Set);
+        self.run(batch, logits)
     }
 }

@@ -140,10 +140,7 @@ impl KvPages {
             Some(page) => page,
             None => {
                 let page = self.idle.pop_front()?;
-                if let Some(entry) = self.entries[page as usize].take() {
-                    self.index.remove(&entry.hash);
-                    self.changes.push(PageChange::Removed(entry.hash));
-                }
+                self.forget(page);
                 page
             }
         };
@@ -182,6 +179,21 @@ impl KvPages {
             tokens: copy,
         });
         Insert::Cached
+    }
+
+    /// Forgets the cached pages that nobody holds.
+    pub(crate) fn clear(&mut self) {
+        while let Some(page) = self.idle.pop_front() {
+            self.forget(page);
+            self.free.push(page);
+        }
+    }
+
+    fn forget(&mut self, page: u32) {
+        if let Some(entry) = self.entries[page as usize].take() {
+            self.index.remove(&entry.hash);
+            self.changes.push(PageChange::Removed(entry.hash));
+        }
     }
 
     /// Lets go of a sequence's pages, last one first.

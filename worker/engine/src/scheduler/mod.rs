@@ -122,6 +122,13 @@ impl Scheduler {
         });
     }
 
+    /// Takes out every sequence that holds pages, after showing it to `farewell`, and forgets
+    /// what is cached: the pages are lost.
+    pub(crate) fn lose_pages(&mut self, farewell: impl FnMut(&Sequence)) {
+        self.retire(|sequence| !sequence.pages.is_empty(), farewell);
+        self.kv.clear();
+    }
+
     /// Takes out the sequences whose deadline has passed.
     pub(crate) fn expire(&mut self, now: Instant, farewell: impl FnMut(&Sequence)) {
         if self.next_deadline.is_none_or(|deadline| now < deadline) {

@@ -1,5 +1,6 @@
 //! The handle and the thread.
 
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -185,4 +186,45 @@ fn stopping_ends_what_is_left_and_dropping_stops() {
     assert_eq!(until_end(&outputs, 1).1, Finish::Preempted);
     // The sink is gone with the thread.
     assert!(outputs.recv().is_err());
+}
+
+#[test]
+fn lost_pages_end_their_sequences_and_no_others() {
+    let (handle, outputs, probe) = start(EngineConfig {
+        max_running: 1,
+        ..EngineConfig::default()
+    });
+    let prompt = vec![7; 2 * PAGE_TOKENS + 1];
+    handle.submit(request(1, prompt.clone(), 2)).unwrap();
+    assert_eq!(until_end(&outputs, 1).1, Finish::Length);
+    let mut faults = probe.faults.lock().unwrap();
+    handle.submit(request(2, vec![1], ENDLESS)).unwrap();
+    handle.submit(request(3, vec![1, 2], 20)).unwrap();
+    faults.push_back(Fault::Lost);
+    drop(faults);
+    assert_eq!(until_end(&outputs, 2).1, Finish::Preempted);
+    let (tokens, finish) = until_end(&outputs, 3);
+    assert_eq!(finish, Finish::Length);
+    assert_eq!(tokens, alone(request(3, vec![1, 2], 20), 50, 1024).tokens);
+    assert_eq!(probe.recoveries.load(Ordering::Relaxed), 1);
+    // Nothing of the prompt is cached any more.
+    let before = probe.prompt_rows.load(Ordering::Relaxed);
+    handle.submit(request(4, prompt.clone(), 2)).unwrap();
+    assert_eq!(until_end(&outputs, 4).1, Finish::Length);
+    let computed = probe.prompt_rows.load(Ordering::Relaxed) - before;
+    assert_eq!(computed, prompt.len());
+}
+
+#[test]
+fn an_idle_engine_is_mended_before_its_next_step() {
+    let (handle, outputs, probe) = start(EngineConfig::default());
+    handle.check();
+    handle.submit(request(1, vec![1], 2)).unwrap();
+    assert_eq!(until_end(&outputs, 1).1, Finish::Length);
+    assert_eq!(probe.recoveries.load(Ordering::Relaxed), 0, "it was intact");
+    probe.lost.store(true, Ordering::Relaxed);
+    handle.check();
+    handle.submit(request(2, vec![1], 2)).unwrap();
+    assert_eq!(until_end(&outputs, 2).1, Finish::Length);
+    assert_eq!(probe.recoveries.load(Ordering::Relaxed), 1);
 }

@@ -2,7 +2,7 @@
 //! sequence, as its page table says. A wrong page, position or role changes the tokens.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use shoal_core::{PAGE_TOKENS, Role};
@@ -21,6 +21,8 @@ struct Cell {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     Retry,
+    /// The pages are lost until it recovers.
+    Lost,
     Fatal,
     Panic,
     /// The logits of the step's first logit row are NaN.
@@ -36,6 +38,9 @@ pub(crate) struct Probe {
     /// Prompt rows computed, of all steps.
     pub(crate) prompt_rows: Arc<AtomicUsize>,
     pub(crate) steps: Arc<AtomicUsize>,
+    /// The pages are lost.
+    pub(crate) lost: Arc<AtomicBool>,
+    pub(crate) recoveries: Arc<AtomicUsize>,
 }
 
 #[derive(Debug)]
@@ -175,16 +180,38 @@ impl Backend for FakeBackend {
         self.max_logit_rows
     }
 
+    fn intact(&mut self) -> Result<(), BackendError> {
+        match self.probe.lost.load(Ordering::Relaxed) {
+            true => Err(BackendError::NoGroup),
+            false => Ok(()),
+        }
+    }
+
+    fn recover(&mut self) -> Result<(), BackendError> {
+        self.pool.fill(None);
+        self.probe.recoveries.fetch_add(1, Ordering::Relaxed);
+        self.probe.lost.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn step(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
         assert!(!batch.tokens.is_empty() && batch.tokens.len() <= self.max_rows);
         assert!(batch.logit_rows.len() <= self.max_logit_rows);
         assert_eq!(logits.len(), batch.logit_rows.len() * self.spec.vocab);
+        assert!(
+            !self.probe.lost.load(Ordering::Relaxed),
+            "a step on lost pages"
+        );
         self.probe.steps.fetch_add(1, Ordering::Relaxed);
         let rows = batch.tokens.len();
         self.probe.most_rows.fetch_max(rows, Ordering::Relaxed);
         let fault = self.probe.faults.lock().unwrap().pop_front();
         match fault {
             Some(Fault::Retry) => return Err(BackendError::Device("lost".into())),
+            Some(Fault::Lost) => {
+                self.probe.lost.store(true, Ordering::Relaxed);
+                return Err(BackendError::NoGroup);
+            }
             Some(Fault::Fatal) => {
                 return Err(BackendError::BatchTooLarge { rows: 1, max: 0 });
             }

@@ -1,7 +1,7 @@
 //! Tests of the whole engine, on a backend whose logits show every mistake in a page table.
 
 mod engine;
-mod fake;
+pub(crate) mod fake;
 mod laws;
 mod policy;
 mod rig;

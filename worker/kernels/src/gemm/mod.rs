@@ -145,8 +145,24 @@ pub fn multiply(
     out: &mut [f32],
     write: Write,
 ) {
-    let (width, isa, threads) = (linear.n(), team.isa, team.threads());
-    assert!(linear.takes(acts, rows) && out.len() >= rows * width);
+    multiply_into(team, linear, acts, rows, out, linear.n(), write);
+}
+
+/// [`multiply`] with `stride` numbers between the first outputs of two rows.
+///
+/// # Panics
+/// As `multiply`, and when `stride` is less than n.
+pub fn multiply_into(
+    team: &mut Team,
+    linear: Linear<'_>,
+    acts: &Activations,
+    rows: usize,
+    out: &mut [f32],
+    stride: usize,
+    write: Write,
+) {
+    let (isa, threads) = (team.isa, team.threads());
+    assert!(linear.takes(acts, rows) && linear.n() <= stride && out.len() >= rows * stride);
     let chunk = |layout: &Layout| {
         let fair = layout.strips().div_ceil(4 * threads);
         (TASK_BYTES / layout.strip_bytes()).clamp(1, fair)
@@ -165,8 +181,8 @@ pub fn multiply(
                     let chunk = chunk(&part.layout) * STRIP;
                     let columns = first + item * chunk..first + n.min((item + 1) * chunk);
                     let out = Outputs {
-                        start: out.at(rows.start * width + columns.start),
-                        stride: width,
+                        start: out.at(rows.start * stride + columns.start),
+                        stride,
                         write,
                     };
                     // SAFETY: items have disjoint outputs inside `out`, and the shapes fit.

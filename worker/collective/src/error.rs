@@ -1,0 +1,66 @@
+use std::io;
+use std::time::Duration;
+
+use shoal_core::Class;
+
+/// Why ranks could not go on together. A group that has seen one is over; its ranks meet again
+/// in a new one, of a higher epoch.
+#[derive(Debug, thiserror::Error)]
+pub enum CollectiveError {
+    /// Its process has ended, or it has left the group.
+    #[error("rank {rank} is lost")]
+    PeerLost {
+        /// Which.
+        rank: usize,
+    },
+    /// It is there but did not come to the meeting.
+    #[error("rank {rank} was not heard of for {after:?}")]
+    Timeout {
+        /// Which.
+        rank: usize,
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// A frame, or a rank, of another formation of the group.
+    #[error("a frame of epoch {theirs} in epoch {ours}")]
+    StaleEpoch {
+        /// The epoch of this rank.
+        ours: u64,
+        /// That of the frame.
+        theirs: u64,
+    },
+    /// The ranks do not do the same things in the same order.
+    #[error("rank {rank} sent {got} words, not {expected}")]
+    Mismatch {
+        /// Who differs.
+        rank: usize,
+        /// The length of its frame.
+        got: usize,
+        /// The length of this rank's.
+        expected: usize,
+    },
+    /// A frame larger than the group was made for.
+    #[error("a frame of {words} words; the group takes {max}")]
+    TooLarge {
+        /// Words of the frame.
+        words: usize,
+        /// Words that fit.
+        max: usize,
+    },
+    /// What is said to be a group's memory is none, or not this group's.
+    #[error("the shared memory is not that of this group")]
+    Segment,
+    /// The operating system refused.
+    #[error("the group's memory or sockets failed")]
+    Io(#[from] io::Error),
+}
+
+impl CollectiveError {
+    /// What to do about it.
+    pub fn class(&self) -> Class {
+        match self {
+            Self::TooLarge { .. } | Self::Segment => Class::Fatal,
+            _ => Class::Retry,
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The forward pass of a rank, and where it meets the others.
+
+use shoal_collective::{Collective, CollectiveError};
+use shoal_kernels::elementwise::{add, norm_quantize, place};
+use shoal_kernels::gemm::{self, Write, gated, multiply, multiply_into};
+use shoal_kernels::norm::rms_norm_in_place;
+use shoal_kernels::quant::Activations;
+use shoal_kernels::rope::{fill_table, rotate_halves, rotate_interleaved};
+use shoal_kernels::team::Team;
+
+use super::CpuBackend;
+use crate::backend::Batch;
+use crate::spec::RopeKind;
+
+/// A rank's seat, where there are several.
+pub(super) type Group = Option<Box<dyn Collective>>;
+
+/// Adds a map of `acts` to the residual `x`: the whole map of one rank, or the parts of all
+/// ranks in their order, which gives every rank the same bits.
+fn add_output(
+    team: &mut Team,
+    group: &mut Group,
+    linear: gemm::Linear<'_>,
+    acts: &Activations,
+    rows: usize,
+    x: &mut [f32],
+) -> Result<(), CollectiveError> {
+    let Some(group) = group else {
+        multiply(team, linear, acts, rows, x, Write::Add);
+        return Ok(());
+    };
+    let part = group.part(x.len())?;
+    multiply(team, linear, acts, rows, part, Write::Set);
+    add(team, x, &group.exchange()?);
+    Ok(())
+}
+
+impl CpuBackend {
+    /// Runs the batch that the plan was set to. `logits` is that of rank 0.
+    pub(super) fn forward(
+        &mut self,
+        batch: &Batch<'_>,
+        logits: &mut [f32],
+    ) -> Result<(), CollectiveError> {
+        self.embed(batch)?;
+        for layer in 0..self.spec.n_layer {
+            self.attention(layer)?;
+            self.feed_forward(layer)?;
+        }
+        self.head(batch, logits)
+    }
+
+    fn embed(&mut self, batch: &Batch<'_>) -> Result<(), CollectiveError> {
+        let (s, width) = (&mut self.scratch, self.spec.d_model);
+        let x = &mut s.residual[..batch.tokens.len() * width];
+        let embed = |out: &mut [f32]| {
+            for (x, &token) in out.chunks_exact_mut(width).zip(batch.tokens) {
+                self.weights.embed(token, x);
+            }
+        };
+        match &mut self.group {
+            None => embed(x),
+            Some(group) => {
+                embed(group.part(x.len())?);
+                x.fill(0.0);
+                add(&mut self.team, x, &group.exchange()?);
+            }
+        }
+        let spec = &self.spec.rope;
+        let width = 2 * spec.inv_freq.len();
+        for (table, &position) in s.rope.chunks_exact_mut(width).zip(batch.positions) {
+            fill_table(position, &spec.inv_freq, spec.magnitude, table);
+        }
+        Ok(())
+    }
+
+    fn attention(&mut self, index: usize) -> Result<(), CollectiveError> {
+        let (spec, isa, team) = (&self.spec, self.options.isa, &mut self.team);
+        let (layer, rows) = (&self.weights.layers[index], self.plan.rows());
+        let s = &mut self.scratch;
+        let x = &mut s.residual[..rows * spec.d_model];
+        norm_quantize(
+            team,
+            x,
+            None,
+            &layer.attn_norm,
+            spec.rms_eps,
+            &mut s.attn_in,
+        );
+
+        let heads = self.heads;
+        let scale = 1.0 / (heads.dim as f32).sqrt();
+        let (tables, table_width) = (&s.rope, 2 * spec.rope.inv_freq.len());
+        let inputs = (self.weights.linear(&layer.qkv), &s.attn_in);
+        self.kv.project(
+            team,
+            index,
+            &self.plan,
+            inputs,
+            &mut s.queries,
+            &|row, head, values| {
+                if spec.qkv_bias {
+                    let bias = &layer.qkv_bias[head * heads.dim..][..heads.dim];
+                    values.iter_mut().zip(bias).for_each(|(v, b)| *v += b);
+                }
+                if head >= heads.q + heads.kv {
+                    return;
+                }
+                if spec.qk_norm {
+                    let weight = if head < heads.q {
+                        &layer.q_norm
+                    } else {
+                        &layer.k_norm
+                    };
+                    rms_norm_in_place(isa, values, weight, spec.rms_eps);
+                }
+                let table = &tables[row * table_width..][..table_width];
+                match spec.rope.kind {
+                    RopeKind::Interleaved => rotate_interleaved(values, table),
+                    RopeKind::Halves => rotate_halves(values, table),
+                }
+                if head < heads.q {
+                    values.iter_mut().for_each(|v| *v *= scale);
+                }
+            },
+        );
+        self.kv
+            .attend(team, index, &mut self.plan, &s.queries, &mut s.attn_out);
+        let output = self.weights.linear(&layer.attn_output);
+        add_output(team, &mut self.group, output, &s.attn_out, rows, x)
+    }
+
+    fn feed_forward(&mut self, index: usize) -> Result<(), CollectiveError> {
+        let (spec, team) = (&self.spec, &mut self.team);
+        let (layer, rows) = (&self.weights.layers[index], self.plan.rows());
+        let s = &mut self.scratch;
+        let x = &mut s.residual[..rows * spec.d_model];
+        norm_quantize(team, x, None, &layer.ffn_norm, spec.rms_eps, &mut s.ffn_in);
+        let gate_up = self.weights.linear(&layer.gate_up);
+        gated(team, gate_up, &s.ffn_in, rows, &mut s.ffn_out);
+        let down = self.weights.linear(&layer.down);
+        add_output(team, &mut self.group, down, &s.ffn_out, rows, x)
+    }
+
+    fn head(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), CollectiveError> {
+        let (spec, team, s) = (&self.spec, &mut self.team, &mut self.scratch);
+        let (weight, picked) = (&self.weights.output_norm, batch.logit_rows);
+        let rows = picked.len();
+        if rows == 0 {
+            return Ok(());
+        }
+        norm_quantize(
+            team,
+            &s.residual,
+            Some(picked),
+            weight,
+            spec.rms_eps,
+            &mut s.head,
+        );
+        let head = self.weights.linear(&self.weights.head);
+        let Some(group) = &mut self.group else {
+            multiply(team, head, &s.head, rows, logits, Write::Set);
+            return Ok(());
+        };
+        if group.rank() > 0 {
+            let part = group.part(rows * head.n())?;
+            multiply(team, head, &s.head, rows, part, Write::Set);
+            group.gather()?;
+            return Ok(());
+        }
+        multiply_into(team, head, &s.head, rows, logits, spec.vocab, Write::Set);
+        group.part(0)?;
+        let Some(parts) = group.gather()? else {
+            return Ok(());
+        };
+        for (shard, part) in self.shards.shards().iter().zip(&*parts).skip(1) {
+            let (got, expected) = (part.len(), rows * shard.vocab.len());
+            if got != expected {
+                return Err(CollectiveError::Mismatch {
+                    rank: shard.rank,
+                    got,
+                    expected,
+                });
+            }
+            place(team, part, shard.vocab.clone(), logits, spec.vocab);
+        }
+        Ok(())
+    }
+}
