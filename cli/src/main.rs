@@ -86,7 +86,13 @@ fn run(cli: Cli, started: Instant) -> Result<(), CliError> {
             let log = log.config("info")?;
             shoal_fabric::telemetry::init(&log)?;
             let store = model::store(&args.store, &file)?;
-            block_on(role::worker(settings, log, membership, store, args.supervised))?;
+            block_on(role::worker(
+                settings,
+                log,
+                membership,
+                store,
+                args.supervised,
+            ))?;
         }
         Command::Rank => {
             start_log(log, "info")?;

@@ -26,10 +26,10 @@ fn group(gguf: &Gguf, world: usize, threads: usize) -> CpuGroup {
 }
 
 fn text(gguf: &Gguf) -> Vec<TokenId> {
-    let tokenizer = Tokenizer::new(&bundle_from_gguf(gguf).unwrap()).unwrap();
-    tokenizer
-        .encode(&data("perplexity.txt"), EncodeOptions::default())
-        .unwrap()
+    let bundle = bundle_from_gguf(gguf).expect("a tokenizer");
+    let tokenizer = Tokenizer::new(&bundle).expect("a tokenizer");
+    let tokens = tokenizer.encode(&data("perplexity.txt"), EncodeOptions::default());
+    tokens.expect("a short text")
 }
 
 #[test]

@@ -26,6 +26,6 @@ mod tests;
 
 pub use config::{BackendKind, ConfigError, GroupConfig, WorkerConfig, parse_isa};
 pub use error::WorkerError;
+pub use group::{GroupError, RankCommand, Watch, run_rank};
 pub use load::{LoadError, Loaded};
 pub use run::{run, run_with};
-pub use group::{GroupError, RankCommand, Watch, run_rank};

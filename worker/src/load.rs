@@ -6,7 +6,7 @@ use candle_core::Device;
 use shoal_core::{Class, PAGE_TOKENS};
 use shoal_engine::backend::{Backend, BackendError};
 use shoal_engine::candle::{CandleBackend, CandleOptions, CandleWeights};
-use shoal_engine::cpu::{CpuBackend, CpuOptions, ShardPlan};
+use shoal_engine::cpu::{CpuBackend, CpuOptions, Estimate, ShardPlan};
 use shoal_engine::spec::{ModelSpec, SpecError};
 use shoal_gguf::{Gguf, GgufError};
 use shoal_kernels::Isa;
@@ -107,7 +107,16 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
                 max_logit_rows,
             };
             // Before processes are started for it.
-            ShardPlan::new(&spec, part.world).map_err(BackendError::from)?;
+            let plan = ShardPlan::new(&spec, part.world).map_err(BackendError::from)?;
+            let Estimate { ranks, one } = plan.estimate(&spec, weights, part.threads);
+            if ranks > one {
+                tracing::warn!(
+                    ?ranks,
+                    ?one,
+                    "a step would be quicker in one process with as many threads, whose memory \
+                     is as near: the ranks meet twice a layer, and wait for the largest share"
+                );
+            }
             let watch = group.insert(Arc::new(Watch::new()));
             let backend = GroupBackend::start(settings, part, Arc::clone(watch), &gguf, spec)?;
             Box::new(backend)

@@ -23,7 +23,7 @@ use crate::backend::{Backend, BackendError, Batch, NumericsId, Segment};
 use crate::digest::weights_digest;
 use crate::spec::ModelSpec;
 use forward::Group;
-pub use shard::{Shard, ShardError, ShardPlan};
+pub use shard::{Estimate, Shard, ShardError, ShardPlan};
 use weights::{Linear, Weights};
 
 /// Raised whenever a change of the kernels changes a bit of a result.

@@ -8,6 +8,7 @@
 //! the ranks with the fewest heads.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use shoal_collective::MAX_RANKS;
@@ -16,6 +17,11 @@ use shoal_kernels::pack::STRIP;
 use shoal_kernels::quant::BLOCK;
 
 use crate::spec::ModelSpec;
+
+/// Bytes of weights that a thread reads in a second, roughly.
+const BANDWIDTH: f64 = 20e9;
+/// What it costs the ranks of a machine to meet, roughly, seconds.
+const MEETING: f64 = 4e-6;
 
 /// What one rank has of a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +42,15 @@ pub struct Shard {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShardPlan {
     shards: Vec<Shard>,
+}
+
+/// What a step is thought to take at least.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Estimate {
+    /// In the ranks of a plan.
+    pub ranks: Duration,
+    /// In one process with as many threads.
+    pub one: Duration,
 }
 
 /// Why a model cannot be split among so many ranks.
@@ -120,6 +135,36 @@ impl ShardPlan {
     /// Ranks.
     pub fn world(&self) -> usize {
         self.shards.len()
+    }
+
+    /// What the weights and the meetings of a step cost, where the weights have so many bytes:
+    /// in these ranks with so many threads each, and in one process with all of the threads.
+    pub fn estimate(&self, spec: &ModelSpec, bytes: u64, threads: usize) -> Estimate {
+        let ModelSpec {
+            n_layer,
+            d_model,
+            n_head,
+            n_kv_head,
+            head_dim,
+            d_ff,
+            vocab,
+            ..
+        } = *spec;
+        // Queries and outputs, keys and values; gates, ups and downs; the head.
+        let attention = |q: usize, kv: usize| (n_layer * 2 * (q + kv) * head_dim * d_model) as f64;
+        let feed_forward = |ff: usize| (n_layer * 3 * ff * d_model) as f64;
+        let head = |vocab: usize| (vocab * d_model) as f64;
+        let all = attention(n_head, n_kv_head) + feed_forward(d_ff) + head(vocab);
+        let most = |of: &dyn Fn(&Shard) -> f64| self.shards.iter().map(of).fold(0.0, f64::max);
+        let slowest = most(&|s| attention(s.q.len(), s.kv.len()))
+            + most(&|s| feed_forward(s.ff.len()))
+            + most(&|s| head(s.vocab.len()));
+        let thread = bytes as f64 / all / BANDWIDTH / threads as f64;
+        let meetings = if self.world() > 1 { 2 * n_layer + 3 } else { 0 };
+        Estimate {
+            ranks: Duration::from_secs_f64(slowest * thread + meetings as f64 * MEETING),
+            one: Duration::from_secs_f64(all * thread / self.world() as f64),
+        }
     }
 
     /// The split changes the order of sums, and so the bits of the results.
@@ -237,6 +282,30 @@ mod tests {
         let ff: Vec<_> = five.iter().map(|s| s.ff.len()).collect();
         assert_eq!(ff, [288, 320, 320, 320, 288]);
         assert_eq!(plan(9).iter().map(|s| s.q.len()).max(), Some(1));
+    }
+
+    #[test]
+    fn the_slowest_shares_and_the_meetings_are_what_a_step_takes() {
+        let spec = ModelSpec {
+            n_layer: 30,
+            d_model: 576,
+            ..smollm2()
+        };
+        let of = |world| {
+            let plan = ShardPlan::new(&spec, world).unwrap();
+            plan.estimate(&spec, 96_400_000, 1)
+        };
+        let share = |world| {
+            let Estimate { ranks, one } = of(world);
+            ranks.as_secs_f64() / one.as_secs_f64()
+        };
+        assert_eq!(of(1).ranks, of(1).one);
+        // Two of three heads are a third more than half of a fifth of the weights.
+        assert!((1.15..1.18).contains(&share(2)), "{}", share(2));
+        // Three ranks have equal shares, and only meet.
+        let meetings = of(3).ranks - of(3).one;
+        assert_eq!((meetings.as_secs_f64() * 1e6).round(), 63.0 * 4.0);
+        assert!(share(9) > share(3));
     }
 
     #[test]
