@@ -292,6 +292,30 @@ mod tests {
     }
 
     #[test]
+    fn a_group_has_two_ranks_and_the_backend_that_can_be_split() {
+        let group = |ranks| {
+            Some(GroupConfig {
+                ranks,
+                command: RankCommand {
+                    program: "shoal".into(),
+                    arguments: Vec::new(),
+                },
+                patience: Duration::from_secs(1),
+            })
+        };
+        let mut config = config();
+        config.tensor_parallel = group(1);
+        assert!(matches!(
+            config.validate(),
+            Err(ConfigError::Least { least: 2, .. })
+        ));
+        config.tensor_parallel = group(2);
+        assert_eq!(config.validate(), Ok(()));
+        config.backend = BackendKind::Candle;
+        assert_eq!(config.validate(), Err(ConfigError::GroupBackend));
+    }
+
+    #[test]
     fn names_parse() {
         for kind in [BackendKind::Cpu, BackendKind::Candle] {
             assert_eq!(kind.to_string().parse(), Ok(kind));

@@ -1,6 +1,6 @@
 //! Model files, good and bad.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, time::Duration};
 
 use shoal_engine::{backend::BackendError, spec::SpecError};
 use shoal_gguf::{
@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use super::rig::{self, Rig, in_time, submit};
 use crate::{
-    BackendKind, LoadError, WorkerConfig, WorkerError,
+    BackendKind, GroupConfig, GroupError, LoadError, RankCommand, WorkerConfig, WorkerError,
     load::{self, Loaded},
 };
 
@@ -138,4 +138,38 @@ async fn the_context_can_be_lowered_but_not_raised() {
     session.submit(submit(2, &[1; 60], 100)).await;
     let (tokens, last) = session.answer(2).await;
     assert_eq!((tokens.len(), last.finish()), (4, Finish::Length));
+}
+
+fn group(file: &File, ranks: usize) -> WorkerConfig {
+    let tensor_parallel = Some(GroupConfig {
+        ranks,
+        command: RankCommand {
+            program: "false".into(),
+            arguments: Vec::new(),
+        },
+        patience: Duration::from_secs(1),
+    });
+    WorkerConfig {
+        tensor_parallel,
+        ..file.config()
+    }
+}
+
+#[test]
+fn a_group_whose_ranks_cannot_run_is_given_up() {
+    let file = File::new(&small());
+    let error = load::model(&group(&file, 2)).err().expect("no rank");
+    let gone = matches!(
+        error,
+        LoadError::Group(GroupError::Died { rank: 1 } | GroupError::Start { rank: 1, .. })
+    );
+    assert!(gone, "{error}");
+}
+
+#[test]
+fn a_split_that_cannot_be_is_refused() {
+    let file = File::new(&small());
+    let error = load::model(&group(&file, 5)).err().expect("four heads");
+    let expected = "5 ranks cannot share the query heads: at most 4 can";
+    assert_eq!(error.to_string(), expected);
 }
