@@ -7,7 +7,8 @@ use clap::{Args, Parser, Subcommand};
 use crate::bench;
 use crate::chat::ChatArgs;
 use crate::config::{
-    LogSettings, MembershipSettings, RouterSettings, StoreSettings, UpSettings, WorkerSettings,
+    LogSettings, MembershipSettings, RouterSettings, StoreSettings, TraceSettings, UpSettings,
+    WorkerSettings,
 };
 use crate::operate::{DrainArgs, StatusArgs, UndrainArgs};
 use crate::store::ModelSource;
@@ -36,6 +37,9 @@ pub(crate) struct Cli {
 
     #[command(flatten)]
     pub(crate) log: LogSettings,
+
+    #[command(flatten)]
+    pub(crate) trace: TraceSettings,
 
     #[command(subcommand)]
     pub(crate) command: Command,

@@ -20,6 +20,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use shoal_core::Class;
+use shoal_fabric::telemetry;
 
 use args::{BenchCommand, Cli, Command, ModelCommand};
 use config::{ConfigFile, LogSettings, MembershipSettings, Section};
@@ -52,7 +53,7 @@ fn run(cli: Cli, started: Instant) -> Result<(), CliError> {
         Some(path) => ConfigFile::load(path)?,
         None => ConfigFile::default(),
     };
-    let log = file.merge(&cli.log)?;
+    let (log, trace) = (file.merge(&cli.log)?, file.merge(&cli.trace)?);
     match cli.command {
         Command::Up(args) => {
             let settings = file.merge(&args.settings)?;
@@ -60,12 +61,13 @@ fn run(cli: Cli, started: Instant) -> Result<(), CliError> {
                 return print_config(&settings);
             }
             let log = log.config("info")?;
-            shoal_fabric::telemetry::init(&log)?;
+            // The supervisor has nothing to trace.
+            telemetry::init(&log, None)?;
             let (router, worker) = (file.ambient()?, file.ambient()?);
             let source = settings.source(&worker)?;
             let model = model::store(&args.store, &file)?.resolve(&source)?;
             let path = cli.config.as_deref();
-            let config = settings.config(model, path, &log, &router, &worker)?;
+            let config = settings.config(model, path, &log, &trace, &router, &worker)?;
             block_on(up::run(config, started))?;
         }
         Command::Router(args) => {
@@ -74,7 +76,8 @@ fn run(cli: Cli, started: Instant) -> Result<(), CliError> {
             if args.print_config {
                 return print_role(&settings, &membership);
             }
-            start_log(log, "info")?;
+            let (log, trace) = (log.config("info")?, trace.config("shoal-router"));
+            let _exporter = telemetry::init(&log, trace.as_ref())?;
             block_on(role::router(settings, membership, args.supervised))?;
         }
         Command::Worker(args) => {
@@ -84,7 +87,8 @@ fn run(cli: Cli, started: Instant) -> Result<(), CliError> {
                 return print_role(&settings, &membership);
             }
             let log = log.config("info")?;
-            shoal_fabric::telemetry::init(&log)?;
+            let trace = trace.config("shoal-worker");
+            let _exporter = telemetry::init(&log, trace.as_ref())?;
             let store = model::store(&args.store, &file)?;
             block_on(role::worker(
                 settings,
@@ -148,7 +152,8 @@ fn print_role<S: Section>(settings: &S, membership: &MembershipSettings) -> Resu
 }
 
 fn start_log(settings: LogSettings, default: &str) -> Result<(), CliError> {
-    Ok(shoal_fabric::telemetry::init(&settings.config(default)?)?)
+    telemetry::init(&settings.config(default)?, None)?;
+    Ok(())
 }
 
 /// Runs `task` to its end. A read of standard input that is still under way then is left behind.

@@ -9,5 +9,6 @@ pub mod membership;
 pub mod metrics;
 pub mod net;
 pub mod shutdown;
+mod sidecar;
 pub mod telemetry;
 pub mod tls;

@@ -15,8 +15,10 @@ use std::{
 };
 
 use shoal_core::TokenId;
+use shoal_fabric::telemetry;
 use shoal_proto::worker::{Finish, Logprob, RejectReason, SequenceOutput, SequenceUsage, Submit};
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout, timeout_at};
+use tracing::{Span, info_span};
 
 use crate::{
     admission::{Admission, Permit},
@@ -137,6 +139,7 @@ pub(crate) struct Generation {
     numerics_id: Vec<u8>,
     /// One timer for all waits.
     deadline: Pin<Box<Sleep>>,
+    span: Span,
 }
 
 impl Generation {
@@ -151,6 +154,7 @@ impl Generation {
         Self {
             deadline: Box::pin(sleep_until(job.arrival.deadline)),
             sequence: dispatch.sequences.fetch_add(1, Ordering::Relaxed),
+            span: info_span!("generation", choice),
             dispatch,
             job,
             choice,
@@ -171,7 +175,9 @@ impl Generation {
     pub(crate) async fn next(&mut self) -> Result<Tokens, RequestError> {
         loop {
             let Some(stay) = &self.at else {
-                self.attach().await?;
+                let placement = self.dispatch.metrics.stages.placement.clone();
+                let span = info_span!(parent: &self.span, "placement", attempt = self.attempt);
+                placement.run(span, self.attach()).await?;
                 continue;
             };
             let event = tokio::select! {
@@ -422,7 +428,7 @@ impl Generation {
             priority: job.priority,
             deadline_in_ms: u32::try_from(left.as_millis()).unwrap_or(u32::MAX).max(1),
             numerics_id: description.numerics_id.clone(),
-            traceparent: job.arrival.traceparent.clone().unwrap_or_default(),
+            traceparent: telemetry::traceparent(&self.span).unwrap_or_default(),
             request_id: job.arrival.request_id.to_string(),
         }
     }

@@ -13,7 +13,9 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::ConstGauge, histogram::Histogram},
 };
 use shoal_fabric::metrics::{Registry, latency_histogram, step_histogram};
+use tokio::time::Instant;
 use tonic::Code;
+use tracing::{Instrument, Span};
 
 use crate::{admission::Admission, cluster::Cluster};
 
@@ -56,6 +58,55 @@ struct WorkerLabels {
     worker: Arc<str>,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StageLabels {
+    stage: &'static str,
+}
+
+/// A part of a request's way through the router: a span and a duration.
+#[derive(Clone, Debug)]
+pub(crate) struct Stage(Histogram);
+
+impl Stage {
+    /// Runs a request's work of this stage inside `span`.
+    pub(crate) async fn run<T>(&self, span: Span, work: impl Future<Output = T>) -> T {
+        let begun = Instant::now();
+        let result = work.instrument(span).await;
+        self.0.observe(begun.elapsed().as_secs_f64());
+        result
+    }
+}
+
+/// The parts of a request's way through the router.
+#[derive(Clone, Debug)]
+pub(crate) struct Stages {
+    /// Template, tokens and validation.
+    pub(crate) text: Stage,
+    /// The wait for a place in the cluster.
+    pub(crate) admission: Stage,
+    /// The choice of a worker, and the submission to it.
+    pub(crate) placement: Stage,
+}
+
+impl Stages {
+    fn new(family: &Family<StageLabels, Histogram>) -> Self {
+        let stage = |stage| Stage(family.get_or_create_owned(&StageLabels { stage }));
+        Self {
+            text: stage("text"),
+            admission: stage("admission"),
+            placement: stage("placement"),
+        }
+    }
+}
+
+/// From 10 µs to 1 s, in seconds.
+fn stage_histogram() -> Histogram {
+    Histogram::new([
+        0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025,
+        0.1, 1.0,
+    ])
+}
+
 /// Handles to the metrics of one model.
 #[derive(Clone, Debug)]
 pub(crate) struct ModelMetrics {
@@ -74,6 +125,7 @@ pub(crate) struct ModelMetrics {
 pub(crate) struct Metrics {
     pub(crate) requests: Family<RequestLabels, Counter>,
     pub(crate) resubmissions: Counter,
+    pub(crate) stages: Stages,
     pub(crate) refused_retries: Counter,
     pub(crate) suspicions: Counter,
     pub(crate) placed_tokens: Counter,
@@ -92,7 +144,9 @@ pub(crate) struct Metrics {
 impl Metrics {
     /// Registers them all.
     pub(crate) fn new(registry: &Registry) -> Self {
+        let stages: Family<_, Histogram> = Family::new_with_constructor(stage_histogram);
         let new = Self {
+            stages: Stages::new(&stages),
             requests: Family::default(),
             resubmissions: Counter::default(),
             refused_retries: Counter::default(),
@@ -111,6 +165,11 @@ impl Metrics {
         };
         let m = new.clone();
         registry.register(|r| {
+            r.register(
+                "stage_seconds",
+                "What the stages of a request's way through the router take",
+                stages,
+            );
             r.register(
                 "requests",
                 "Requests by route and HTTP status or gRPC code",

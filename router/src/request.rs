@@ -28,7 +28,6 @@ const SEED_BITS: u32 = 53;
 pub(crate) struct Arrival {
     pub(crate) caller: Caller,
     pub(crate) request_id: Arc<str>,
-    pub(crate) traceparent: Option<String>,
     pub(crate) at: Instant,
     pub(crate) deadline: Instant,
 }

@@ -9,7 +9,7 @@ use tokio_util::{
     sync::CancellationToken,
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
-use tracing::Span;
+use tracing::{Span, info_span};
 
 use crate::{
     admission::Admission,
@@ -165,7 +165,9 @@ impl Service {
         let ticket = self
             .admission
             .enter(self.cluster.throughput(), arrival.deadline)?;
-        let job = Job::new(request, arrival, model, self.default_max_tokens).await?;
+        let job = Job::new(request, arrival, model, self.default_max_tokens);
+        let stages = &self.metrics.stages;
+        let job = stages.text.run(info_span!("text"), job).await?;
         let job = Arc::new(job);
         Span::current()
             .record("model", &*job.model.name)
@@ -175,9 +177,9 @@ impl Service {
             output: self.admission.expected_output(job.stopping.max_tokens),
         };
         let deadline = job.arrival.deadline;
-        let permits = ticket
-            .admit(job.choices, work, job.priority, deadline)
-            .await?;
+        let admit = ticket.admit(job.choices, work, job.priority, deadline);
+        let admission = info_span!("admission", prompt_tokens = job.prompt.len());
+        let permits = stages.admission.run(admission, admit).await?;
         Answer::start(&self.dispatch, job, work, permits, tenant, open).await
     }
 }

@@ -89,6 +89,7 @@ fn group(worker: &Worker) -> Group {
         model: member.model.clone(),
         state: state(member.state).into(),
         retired: worker.is_retired(),
+        breaker_open: worker.breaker.is_open(),
         epoch: member.epoch,
         numerics_id: member.numerics_id.clone(),
         backend: capabilities.backend.clone(),

@@ -56,7 +56,6 @@ pub(crate) async fn job(mut request: GenerateRequest) -> Arc<Job> {
             operator: false,
         },
         request_id: "r".into(),
-        traceparent: None,
         at: now,
         deadline: now + Duration::from_secs(60),
     };

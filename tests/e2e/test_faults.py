@@ -12,6 +12,8 @@ import threading
 import time
 
 import aiohttp
+import openai
+import pytest
 from conftest import ROOT, Cluster, wait_until
 
 CHAT = {"messages": [{"role": "user", "content": "Count from one to a thousand."}], "temperature": 0}
@@ -139,6 +141,20 @@ def test_running_requests_end_before_the_cluster_does():
     thread.join(60)
     assert results == [150]
     assert cluster.process.wait(20) == 0
+
+
+def test_answers_that_outlast_the_drain_end_in_a_typed_error():
+    cluster = Cluster("--drain-timeout", "300ms")
+    stream = cluster.client().chat.completions.create(
+        model="", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}, **CHAT
+    )
+    with pytest.raises(openai.APIError) as caught:
+        for i, _ in enumerate(stream):
+            if i == 5:
+                cluster.process.send_signal(signal.SIGTERM)
+    assert caught.value.code == "draining"
+    assert cluster.process.wait(20) == 0
+    assert not any("killed" in line for line in cluster.lines)
 
 
 def test_ready_within_a_second():

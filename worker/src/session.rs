@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures::Stream;
@@ -16,7 +16,7 @@ use shoal_proto::worker::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
-use tracing::Span;
+use tracing::{Span, field::Empty};
 
 use crate::{
     outbox::{Overflow, Pending},
@@ -31,9 +31,15 @@ struct Session {
     serving: Arc<Serving>,
     seat: Seat,
     /// One per sequence that has not ended, from its submission to its end.
-    spans: Mutex<HashMap<(u64, u32), Span>>,
+    spans: Mutex<HashMap<(u64, u32), Trace>>,
     /// Either direction is over, or the worker closes.
     ended: CancellationToken,
+}
+
+/// A sequence's span, and when it began.
+struct Trace {
+    span: Span,
+    begun: SystemTime,
 }
 
 /// Starts a session on the router's frames; gives the worker's.
@@ -147,10 +153,22 @@ impl Session {
             attempt,
             prompt_tokens = submit.prompt.len(),
             resumed_tokens = submit.resume.len(),
+            finish = Empty,
+            output_tokens = Empty,
+            cached_tokens = Empty,
+            trace_id = Empty,
         );
         telemetry::set_parent_str(&span, &submit.traceparent);
+        // From a log line to the trace.
+        if let Some(id) = telemetry::trace_id(&span) {
+            span.record("trace_id", id);
+        }
+        let trace = Trace {
+            span: span.clone(),
+            begun: SystemTime::now(),
+        };
         // Before the engine can end it.
-        self.spans().insert((sequence, attempt), span.clone());
+        self.spans().insert((sequence, attempt), trace);
         let identity = &self.serving.identity;
         let result = wire::request(submit, self.seat.id, identity, Instant::now())
             .and_then(|request| Ok(self.serving.engine.submit(request)?));
@@ -174,15 +192,27 @@ impl Session {
     /// Ends the sequence's span.
     fn finish(&self, last: &SequenceOutput) {
         self.worker.metrics.finished(last.finish());
-        let Some(span) = self.spans().remove(&(last.sequence, last.attempt)) else {
+        let trace = self.spans().remove(&(last.sequence, last.attempt));
+        let Some(Trace { span, begun }) = trace else {
             return;
         };
         let usage = last.usage.unwrap_or_default();
+        span.record("finish", last.finish().as_str_name());
+        span.record(
+            "output_tokens",
+            last.output_offset as usize + last.tokens.len(),
+        );
+        span.record("cached_tokens", usage.cached_tokens);
+        let queue = Duration::from_micros(usage.queue_us);
+        let prefill = Duration::from_micros(usage.prefill_us);
+        telemetry::phases(
+            &span,
+            begun,
+            &[("queue", queue), ("prefill", prefill)],
+            "decode",
+        );
         tracing::debug!(
             parent: &span,
-            finish = last.finish().as_str_name(),
-            output_tokens = last.output_offset as usize + last.tokens.len(),
-            cached_tokens = usage.cached_tokens,
             queue_us = usage.queue_us,
             prefill_us = usage.prefill_us,
             preemptions = usage.preemptions,
@@ -190,7 +220,7 @@ impl Session {
         );
     }
 
-    fn spans(&self) -> MutexGuard<'_, HashMap<(u64, u32), Span>> {
+    fn spans(&self) -> MutexGuard<'_, HashMap<(u64, u32), Trace>> {
         self.spans.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

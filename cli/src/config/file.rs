@@ -8,8 +8,8 @@ use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
 use super::{
-    ConfigError, LogSettings, MembershipSettings, RouterSettings, StoreSettings, UpSettings,
-    WorkerSettings,
+    ConfigError, LogSettings, MembershipSettings, RouterSettings, StoreSettings, TraceSettings,
+    UpSettings, WorkerSettings,
 };
 
 /// The settings of one subsystem, as a user gives them: every field is optional, its name is the
@@ -28,6 +28,7 @@ fn sections() -> Vec<(&'static str, Vec<String>)> {
     }
     vec![
         keys::<LogSettings>(),
+        keys::<TraceSettings>(),
         keys::<StoreSettings>(),
         keys::<MembershipSettings>(),
         keys::<UpSettings>(),

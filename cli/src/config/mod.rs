@@ -12,6 +12,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod trace;
 mod up;
 mod values;
 mod worker;
@@ -28,6 +29,7 @@ pub(crate) use log::LogSettings;
 pub(crate) use membership::MembershipSettings;
 pub(crate) use router::RouterSettings;
 pub(crate) use store::StoreSettings;
+pub(crate) use trace::TraceSettings;
 pub(crate) use up::UpSettings;
 pub(crate) use values::Time;
 pub(crate) use worker::WorkerSettings;

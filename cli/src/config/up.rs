@@ -10,9 +10,14 @@ use serde::{Deserialize, Serialize};
 use shoal_fabric::telemetry::{LogConfig, LogFormat};
 
 use super::values::Time;
-use super::{ConfigError, RouterSettings, Section, WorkerSettings, log};
+use super::{ConfigError, RouterSettings, Section, TraceSettings, WorkerSettings, log};
 use crate::store::ModelSource;
 use crate::up::UpConfig;
+
+/// What a drain may take, unless set.
+const DRAIN_TIMEOUT: Time = Time(Duration::from_secs(30));
+/// For what a process does after its drain, before it counts as hung.
+const LAST_STEPS: Duration = Duration::from_secs(10);
 
 /// The cluster's settings as flags, variables and the file give them.
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
@@ -59,6 +64,7 @@ impl UpSettings {
         model: PathBuf,
         file: Option<&Path>,
         log: &LogConfig,
+        trace: &TraceSettings,
         router: &RouterSettings,
         worker: &WorkerSettings,
     ) -> Result<UpConfig, ConfigError> {
@@ -69,6 +75,7 @@ impl UpSettings {
         let role = |name: &str| {
             let mut arguments = log::arguments(name, log);
             arguments.push("--supervised".to_owned());
+            arguments.extend(trace.arguments());
             if let Some(file) = file {
                 arguments.extend(["--config".to_owned(), file.display().to_string()]);
             }
@@ -91,11 +98,18 @@ impl UpSettings {
             let share = (cores / (replicas * ranks)).max(1);
             worker_arguments.extend(["--threads".to_owned(), share.to_string()]);
         }
+        let drain_timeout = self.drain_timeout.unwrap_or(DRAIN_TIMEOUT);
+        // A role's own setting wins; it has to end by itself before it is killed.
+        let patience = |own: Option<Time>, arguments: &mut Vec<String>| {
+            if own.is_none() {
+                arguments.extend(["--drain".to_owned(), drain_timeout.to_string()]);
+            }
+            own.unwrap_or(drain_timeout).0 + LAST_STEPS
+        };
         Ok(UpConfig {
             replicas,
-            drain_timeout: self
-                .drain_timeout
-                .map_or(Duration::from_secs(30), |time| time.0),
+            router_patience: patience(router.drain, &mut router_arguments),
+            worker_patience: patience(worker.drain, &mut worker_arguments),
             router: router_arguments,
             worker: worker_arguments,
             prefixed: log.format == LogFormat::Human,

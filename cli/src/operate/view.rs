@@ -129,6 +129,7 @@ fn condition(group: &Group) -> &'static str {
     match (seen(group), group.retired) {
         (_, true) => "retired",
         (State::Unspecified, _) => "unreachable",
+        (State::Ready, _) if group.breaker_open => "failing",
         (state, _) => word(state),
     }
 }
@@ -178,6 +179,7 @@ pub(super) fn json(status: &GetStatusResponse) -> Value {
             "state": word(group.state()),
             "connected": group.connected,
             "retired": group.retired,
+            "breaker_open": group.breaker_open,
             "epoch": group.epoch,
             "numerics_id": group.numerics_id,
             "backend": group.backend,
@@ -258,6 +260,9 @@ mod tests {
 
     #[test]
     fn people_see_every_group_under_its_model() {
+        let mut failing = status();
+        failing.groups[0].breaker_open = true;
+        assert!(super::text(&failing, false).contains("failing"));
         let text = text(&status(), false);
         let expected = "\
 ● router a (10.0.0.1:8080)  ready  3 running, 1 waiting

@@ -61,7 +61,8 @@ mod tests {
     fn the_banner_names_addresses_that_work() {
         let config = UpConfig {
             replicas: 2,
-            drain_timeout: Duration::ZERO,
+            router_patience: Duration::ZERO,
+            worker_patience: Duration::ZERO,
             router: Vec::new(),
             worker: Vec::new(),
             prefixed: true,

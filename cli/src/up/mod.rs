@@ -54,8 +54,10 @@ impl UpError {
 pub(crate) struct UpConfig {
     /// Worker processes.
     pub(crate) replicas: usize,
-    /// What a drain may take, for the router and then for the workers.
-    pub(crate) drain_timeout: Duration,
+    /// How long the router may take to end in order, more than its own drain; then it is killed.
+    pub(crate) router_patience: Duration,
+    /// The same for each worker.
+    pub(crate) worker_patience: Duration,
     /// Arguments of the router's process, its role included.
     pub(crate) router: Vec<String>,
     /// Arguments of each worker's process, its role included.
@@ -129,32 +131,38 @@ impl Cluster {
             events,
             members,
         };
-        let keeper =
-            |slot, name: String, arguments: &[String], workers, drain: &CancellationToken| Keeper {
-                slot,
-                launch: Launch {
-                    name,
-                    program: program.clone(),
-                    arguments: arguments.to_vec(),
-                    prefixed: config.prefixed,
-                },
-                events: events_in.clone(),
-                workers,
-                stop: Stop {
-                    drain: drain.clone(),
-                    kill: cluster.kill.clone(),
-                    patience: config.drain_timeout,
-                },
-            };
+        let keeper = |slot,
+                      name: String,
+                      arguments: &[String],
+                      workers,
+                      drain: &CancellationToken,
+                      patience| Keeper {
+            slot,
+            launch: Launch {
+                name,
+                program: program.clone(),
+                arguments: arguments.to_vec(),
+                prefixed: config.prefixed,
+            },
+            events: events_in.clone(),
+            workers,
+            stop: Stop {
+                drain: drain.clone(),
+                kill: cluster.kill.clone(),
+                patience,
+            },
+        };
         for index in 0..config.replicas {
             let name = worker_name(config, index);
             let slot = ROUTER + 1 + index;
             let drain = &cluster.drain_workers;
-            let worker = keeper(slot, name, &config.worker, None, drain);
+            let patience = config.worker_patience;
+            let worker = keeper(slot, name, &config.worker, None, drain, patience);
             cluster.workers.spawn(worker.run());
         }
         let (name, drain) = ("router".to_owned(), &cluster.drain_router);
-        let router = keeper(ROUTER, name, &config.router, Some(workers), drain);
+        let patience = config.router_patience;
+        let router = keeper(ROUTER, name, &config.router, Some(workers), drain, patience);
         cluster.router.spawn(router.run());
         cluster
     }

@@ -11,7 +11,9 @@ use std::{fmt, sync::Arc, time::Duration};
 use futures::future::{BoxFuture, FutureExt};
 use shoal_core::Class;
 use tokio::{sync::watch, task::JoinHandle};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::sync::CancellationToken;
+
+use crate::sidecar::Sidecar;
 
 pub use endpoint::{Endpoint, EndpointError};
 pub use etcd::{Etcd, EtcdConfig, Login};
@@ -56,8 +58,8 @@ pub struct Registration {
 struct Kept {
     stop: CancellationToken,
     task: JoinHandle<()>,
-    /// The thread that the task is on lives as long.
-    _thread: Arc<DropGuard>,
+    /// The task is on it.
+    _thread: Arc<Sidecar>,
 }
 
 /// Nobody is told and nothing is asked.

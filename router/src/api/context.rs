@@ -23,7 +23,6 @@ const LONGEST_REQUEST_ID: usize = 128;
 pub(super) struct Context {
     pub(super) request_id: Arc<str>,
     caller: Option<Caller>,
-    traceparent: Option<String>,
     at: Instant,
 }
 
@@ -38,7 +37,6 @@ impl Context {
         Ok(Arrival {
             caller: self.caller.ok_or(RequestError::Unauthenticated)?,
             request_id: self.request_id,
-            traceparent: self.traceparent,
             at: self.at,
             deadline: self.at + timeout.map_or(longest, |t| t.min(longest)),
         })
@@ -88,20 +86,26 @@ pub(super) async fn surround(
     let caller = service.caller(authorization.map(HeaderValue::as_bytes));
     let tenant = caller.as_ref().map(|caller| caller.tenant.name.clone());
     let user = caller.as_ref().map(|caller| caller.user.clone());
+    let route = account::route(&request);
     let span = info_span!(
         "request",
+        otel.kind = "server",
+        route,
         request_id = &*request_id,
         tenant = tenant.as_deref(),
         user = user.as_deref().filter(|user| !user.is_empty()),
         model = Empty,
         seed = Empty,
+        trace_id = Empty,
     );
     telemetry::set_parent_from_headers(&span, request.headers());
-    let route = account::route(&request);
+    // From a log line to the trace.
+    if let Some(id) = telemetry::trace_id(&span) {
+        span.record("trace_id", id);
+    }
     request.extensions_mut().insert(Context {
         request_id: request_id.clone(),
         caller,
-        traceparent: telemetry::traceparent(&span),
         at: Instant::now(),
     });
     let mut response = next.run(request).instrument(span.clone()).await;

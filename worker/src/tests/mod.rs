@@ -6,6 +6,7 @@ mod bulk;
 mod fake;
 mod life;
 mod load;
+mod member;
 mod model;
 mod rig;
 mod service;

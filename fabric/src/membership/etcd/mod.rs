@@ -23,14 +23,14 @@ use std::{
 };
 
 use futures::future::{BoxFuture, FutureExt};
-use tokio::{runtime, sync::watch, time::timeout};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio::{sync::watch, time::timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Endpoint, Intent, Kept, Member, Membership, MembershipError, Registration, Role, View,
     etcd::client::{Client, Range},
 };
-use crate::{backoff::Backoff, tls::ClientTls};
+use crate::{backoff::Backoff, sidecar::Sidecar, tls::ClientTls};
 
 /// Most that a new epoch may hold a start up.
 const EPOCH_PATIENCE: Duration = Duration::from_secs(2);
@@ -73,10 +73,8 @@ impl std::fmt::Debug for Login {
 #[derive(Debug)]
 pub struct Etcd {
     shared: Arc<Shared>,
-    runtime: runtime::Handle,
+    thread: Arc<Sidecar>,
     view: OnceLock<watch::Receiver<Arc<View>>>,
-    /// Ends the thread with the last of its users.
-    thread: Arc<DropGuard>,
 }
 
 /// What every connection needs.
@@ -126,17 +124,7 @@ impl Etcd {
         if let Some(tls) = &config.tls {
             tls.config()?;
         }
-        let runtime = runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(MembershipError::Thread)?;
-        let handle = runtime.handle().clone();
-        let stop = CancellationToken::new();
-        let running = stop.clone().drop_guard();
-        std::thread::Builder::new()
-            .name("membership".into())
-            .spawn(move || runtime.block_on(stop.cancelled()))
-            .map_err(MembershipError::Thread)?;
+        let thread = Sidecar::start("membership").map_err(MembershipError::Thread)?;
         let next = rand::random_range(0..config.endpoints.len());
         Ok(Self {
             shared: Arc::new(Shared {
@@ -144,9 +132,8 @@ impl Etcd {
                 config,
                 next: AtomicUsize::new(next),
             }),
-            runtime: handle,
+            thread: Arc::new(thread),
             view: OnceLock::new(),
-            thread: Arc::new(running),
         })
     }
 }
@@ -167,8 +154,8 @@ impl Membership for Etcd {
                 });
             };
             let range = Range::prefix(self.shared.root.clone().into());
-            self.runtime
-                .spawn(follow::follow(self.shared.clone(), range, publish));
+            let follow = follow::follow(self.shared.clone(), range, publish);
+            self.thread.handle().spawn(follow);
             receiver
         };
         self.view.get_or_init(start).clone()
@@ -189,11 +176,11 @@ impl Membership for Etcd {
                     std::mem::replace(known, intent) != intent
                 });
             });
-            self.runtime
-                .spawn(stop.clone().run_until_cancelled_owned(follow));
+            let follow = stop.clone().run_until_cancelled_owned(follow);
+            self.thread.handle().spawn(follow);
         }
         let keep = register::keep(self.shared.clone(), own, stop.clone());
-        let task = self.runtime.spawn(keep);
+        let task = self.thread.handle().spawn(keep);
         Registration {
             intent,
             kept: Some(Kept {
@@ -212,7 +199,7 @@ impl Membership for Etcd {
             client.raise(&key, least).await
         };
         // There, for the connection is served there.
-        let raise = self.runtime.spawn(timeout(EPOCH_PATIENCE, raise));
+        let raise = self.thread.handle().spawn(timeout(EPOCH_PATIENCE, raise));
         async move {
             let problem = match raise.await {
                 Ok(Ok(Ok(epoch))) => return epoch,
