@@ -12,6 +12,9 @@ const PRIOR_PREFILL_TPS: f64 = 1000.0;
 const PRIOR_DECODE_TPS: f64 = 50.0;
 /// Seconds that a half-full KV pool adds: preemptions become likely as it fills.
 const KV_PRESSURE: f64 = 0.05;
+/// Share of a step's base that a row costs at least: where rows look free, the noise of the
+/// base alone would choose, and choose the same worker again and again.
+const LEAST_ROW: f64 = 0.02;
 /// Chance that what a prompt pushes out of a full cache is asked for again.
 const EVICTION: f64 = 0.5;
 
@@ -190,7 +193,7 @@ impl Pace {
         (row > 0.0).then_some(Self {
             token: row,
             base,
-            row,
+            row: row.max(LEAST_ROW * base),
         })
     }
 
@@ -347,6 +350,27 @@ mod tests {
             ..Load::default()
         });
         assert_eq!(cheapest(&[busy, candidate(Load::default())]), 1);
+    }
+
+    #[test]
+    fn free_rows_spread_all_the_same() {
+        let worker = |base| {
+            candidate(Load {
+                step_base_ms: base,
+                step_row_ms: 1e-6,
+                ..Load::default()
+            })
+        };
+        let mut workers = [worker(50.0), worker(50.3), worker(50.1)];
+        for _ in 0..60 {
+            let chosen = cheapest(&workers);
+            workers[chosen].placed.sequences += 1;
+        }
+        assert!(
+            workers
+                .iter()
+                .all(|w| (19..=21).contains(&w.placed.sequences))
+        );
     }
 
     #[test]

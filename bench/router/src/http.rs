@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 
+use serde::Serialize;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -87,7 +88,7 @@ impl Exchange {
 }
 
 /// A body for `/v1/completions`.
-pub(crate) fn completion(prompt: &[u32], max_tokens: usize, stream: bool) -> String {
+pub(crate) fn completion(prompt: impl Serialize, max_tokens: usize, stream: bool) -> String {
     serde_json::json!({
         "model": "paced",
         "prompt": prompt,

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::{Value, json};
 use shoal_proto::worker::{
     RouterFrame, Sampling, Stopping, Submit, router_frame, worker_client::WorkerClient,
     worker_frame::Frame,
@@ -114,7 +115,10 @@ pub(crate) async fn run(shoal: &Path, args: &Args) -> Result<()> {
     let addresses = workers.iter().map(|w| w.address);
     let limit = args.streams.to_string();
     let router = Router::start(shoal, addresses, &["--max-running", &limit]).await?;
-    let mut routed = through(args, &router, &stamps).await?;
+    let mut routed = through(args, &router, &stamps, |stream| {
+        json!([BYTES + stream as u32])
+    })
+    .await?;
     drop((router, workers));
     routed.print("through shoal router");
     println!(
@@ -125,9 +129,11 @@ pub(crate) async fn run(shoal: &Path, args: &Args) -> Result<()> {
     if let Some(python) = &args.sglang {
         let address = peer::http_worker(stamps.clone()).await?;
         let router = peer::sglang_router(python, address).await?;
-        through(args, &router, &stamps)
-            .await?
-            .print("through sglang-router");
+        through(args, &router, &stamps, |stream| {
+            json!(format!("~{stream};"))
+        })
+        .await?
+        .print("through sglang-router");
     }
     Ok(())
 }
@@ -153,40 +159,47 @@ impl Measured {
 }
 
 /// Streams over HTTP through a router.
-async fn through(args: &Args, router: &Router, stamps: &Arc<Stamps>) -> Result<Measured> {
+async fn through(
+    args: &Args,
+    router: &Router,
+    stamps: &Arc<Stamps>,
+    prompt: impl Fn(usize) -> Value,
+) -> Result<Measured> {
     let ages = Arc::new(Ages::default());
     let mut tasks = JoinSet::new();
     for stream in 0..args.streams {
         let (ages, stamps) = (ages.clone(), stamps.clone());
-        tasks.spawn(read(router.address, stream, stamps, ages));
+        let body = completion(prompt(stream), stamps.tokens(), true);
+        tasks.spawn(read(router.address, body, stream, stamps, ages));
     }
     let measured = tokio::select! {
         measured = measure(&ages, args.seconds, Some(router)) => measured?,
         Some(ended) = tasks.join_next() => {
-            ended??;
-            return Err("a stream ended early".into());
+            return Err(format!("a stream ended early: {}", ended??).into());
         }
     };
     tasks.shutdown().await;
     Ok(measured)
 }
 
-/// One stream, until its end.
+/// One stream, until its end; what came first, should it end too early.
 async fn read(
     address: SocketAddr,
+    body: String,
     stream: usize,
     stamps: Arc<Stamps>,
     ages: Arc<Ages>,
-) -> Result<()> {
-    let prompt = [BYTES + stream as u32];
-    let body = completion(&prompt, stamps.tokens(), true);
+) -> Result<String> {
     let mut exchange = Exchange::post(address, "/v1/completions", &body).await?;
-    let mut seen = 0;
+    let (mut seen, mut first) = (0, String::new());
     loop {
         exchange.bytes.clear();
         let news = exchange.more().await?;
         if news.is_empty() {
-            return Ok(());
+            return Ok(first);
+        }
+        if seen == 0 {
+            first = String::from_utf8_lossy(news).into_owned();
         }
         let tokens = news.iter().filter(|&&byte| byte == MARK).count();
         ages.add((seen..seen + tokens).filter_map(|token| stamps.age(stream, token)));

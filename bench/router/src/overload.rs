@@ -97,7 +97,7 @@ pub(crate) async fn run(shoal: &Path, args: &Args) -> Result<()> {
     let running = (WORKERS * ROWS).to_string();
     let flags = ["--max-running", &running];
     let router = Router::start(shoal, workers.iter().map(|w| w.address), &flags).await?;
-    let body: Arc<str> = completion(&[97; PROMPT], OUTPUT, false).into();
+    let body: Arc<str> = completion(vec![97; PROMPT], OUTPUT, false).into();
     let capacity = capacity(router.address, &body).await?;
 
     let rate = args.factor * capacity;

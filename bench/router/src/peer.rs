@@ -11,7 +11,7 @@ use tokio::{
 use crate::{
     Result,
     overhead::INTERVAL,
-    paced::{BYTES, Stamps},
+    paced::Stamps,
     router::{Router, free_address},
 };
 
@@ -55,7 +55,9 @@ async fn serve(mut stream: TcpStream, stamps: Arc<Stamps>) -> Result<()> {
                 break body;
             }
         };
-        let Some(prompt) = body.get("prompt").and_then(|p| p.get(0)?.as_u64()) else {
+        let prompt = body.get("prompt").and_then(|prompt| prompt.as_str());
+        let Some(mark) = prompt.and_then(|p| p.trim_matches(['~', ';']).parse::<usize>().ok())
+        else {
             let answer = r#"{"status": "ok", "data": [], "model_path": "paced"}"#;
             let head = format!(
                 "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
@@ -64,7 +66,6 @@ async fn serve(mut stream: TcpStream, stamps: Arc<Stamps>) -> Result<()> {
             stream.write_all((head + answer).as_bytes()).await?;
             continue;
         };
-        let mark = prompt as usize - BYTES as usize;
         let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\
                     Transfer-Encoding: chunked\r\n\r\n";
         stream.write_all(head.as_bytes()).await?;
