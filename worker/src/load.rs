@@ -113,8 +113,8 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
                 tracing::warn!(
                     ?ranks,
                     ?one,
-                    "a step would be quicker in one process with as many threads, whose memory \
-                     is as near: the ranks meet twice a layer, and wait for the largest share"
+                    "a step would be quicker in one process with as many threads: the ranks meet \
+                     twice a layer, and wait for the largest share"
                 );
             }
             let watch = group.insert(Arc::new(Watch::new()));
