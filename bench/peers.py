@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Serves the demo model with Shoal and with llama.cpp on this machine, one after the other and
-interleaved, under one load, and writes the table of docs/performance.md.
+"""Serves the demo model with Shoal and its peers on this machine, one at a time and interleaved, under
+one load, and writes the table and the plot of docs/performance.md.
 
   cargo build --release && bench/peers.py
+  bench/peers.py --peers llama --points streams --repeats 3
 
-llama.cpp is built from the source in the llama-cpp-python package (release, native) the first
-time; --llama-server takes a binary of your own. Needs cmake, a C++ compiler, aiohttp.
+Each peer is installed from PyPI into an environment of its own below target/peers the first time;
+llama.cpp is built from source, which needs cmake and a C++ compiler. This script needs aiohttp. A peer
+that cannot be installed or breaks off is a note under the table.
 """
 
 import argparse
@@ -13,148 +15,180 @@ import datetime
 import json
 import pathlib
 import platform
-import socket
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
-import time
-import urllib.error
-import urllib.request
+import traceback
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-LLAMA = "llama-cpp-python==0.3.36"
-POINTS = {1: 4, 8: 24, 32: 32}  # streams: requests of a run
+import peer_plot
+import peer_servers
+from peer_servers import ROOT
+
 TOKENS = 128
 BEGIN, END = "<!-- serving -->", "<!-- /serving -->"
+SHARED = ROOT / "bench/prompts-shared-prefix.jsonl"
+WORDS = ("amber basil cedar delta ember fjord grove heron islet jade karst lemon maple nectar olive pearl quartz "
+         "ridge sable thyme umber violet willow yarrow zephyr").split()
 
 
-def build_llama(cache):
-    """llama-server from the sdist, with the settings that suit it best."""
-    binary = cache / "build/bin/llama-server"
-    if binary.exists():
-        return binary
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python",
-             "-d", folder, LLAMA], check=True)
-        (sdist,) = pathlib.Path(folder).glob("*.tar.gz")
-        with tarfile.open(sdist) as archive:
-            archive.extractall(cache, filter="data")
-    (source,) = cache.glob("llama_cpp_python-*/vendor/llama.cpp")
-    subprocess.run(
-        ["cmake", "-B", cache / "build", "-S", source, "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON",
-         "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DBUILD_SHARED_LIBS=OFF"], check=True)
-    subprocess.run(["cmake", "--build", cache / "build", "-j", "--target", "llama-server"], check=True)
-    return binary
+def unique_prompts():
+    """The shared prompts, each with a first sentence of its own."""
+    for i, line in enumerate(SHARED.read_text().splitlines()):
+        messages = json.loads(line)["messages"]
+        words = " ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(1, 6))
+        messages[0]["content"] = f"Shop {i}: {words}. " + messages[0]["content"]
+        yield messages
 
 
-class Server:
-    """A server process that answers /health with 200 once it is ready."""
-
-    def __init__(self, command, port):
-        self.url = f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 120
-        while not self.healthy():
-            if self.process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"{command[0]} did not come up")
-            time.sleep(0.1)
-
-    def healthy(self):
-        try:
-            return urllib.request.urlopen(self.url + "/health", timeout=1).status == 200
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(30)
+def long_prompts(tokens):
+    """Prompts of about so many tokens, each different from its first words on."""
+    for i in range(64):
+        text, n = [], 0
+        while n < tokens - 40:
+            word = WORDS[(n * 7 + i * 11 + n // 25) % len(WORDS)]
+            text.append(word)
+            n += 2  # A word is about two tokens.
+        yield [{"role": "user", "content": f"{i}. Sum this up: " + " ".join(text)}]
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        return s.getsockname()[1]
+# Name: prompts, streams, requests of a run, most output tokens.
+POINTS = {
+    "1 stream": (None, 1, 4, TOKENS),
+    "8 streams": (None, 8, 24, TOKENS),
+    "32 streams": (None, 32, 32, TOKENS),
+    "8 streams, nothing shared": (unique_prompts, 8, 24, TOKENS),
+    "prompt of 512": (lambda: long_prompts(512), 1, 3, 1),
+    "prompt of 2048": (lambda: long_prompts(2000), 1, 2, 1),
+    "decode at 2048": (lambda: long_prompts(1920), 1, 1, TOKENS),
+}
+START = "start to first token"
+
+# Heading, point, number of a report, its unit, whether more is better.
+ROWS = [(p, p, lambda r: r["output_tok_s"], "tok/s", True) for p in list(POINTS)[:4]] + [
+    ("prefill 512", "prompt of 512", lambda r: r["prompt_tokens_mean"] / r["ttft_ms_p50"] * 1e3, "tok/s", True),
+    ("prefill 2048", "prompt of 2048", lambda r: r["prompt_tokens_mean"] / r["ttft_ms_p50"] * 1e3, "tok/s", True),
+    ("decode at 2048", "decode at 2048", lambda r: 1e3 / r["tpot_ms_p50"], "tok/s", True),
+    ("TTFT p50, 1 stream", "1 stream", lambda r: r["ttft_ms_p50"], "ms", False),
+    ("TTFT p50, 8 streams", "8 streams", lambda r: r["ttft_ms_p50"], "ms", False),
+    ("TTFT p50, 32 streams", "32 streams", lambda r: r["ttft_ms_p50"], "ms", False),
+    ("PSS, 32 streams", "32 streams", lambda r: r["pss_peak_mib"], "MiB", False),
+    (START, START, lambda r: r, "s", False),
+]
 
 
-def model_name(url):
-    with urllib.request.urlopen(url + "/v1/models", timeout=10) as answer:
-        return json.load(answer)["data"][0]["id"]
-
-
-def load(server, streams, requests, offset):
+def load(server, point, offset):
     """One run of the load client: its report."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as out:
+    prompts, streams, requests, tokens = POINTS[point]
+    with tempfile.TemporaryDirectory() as folder:
+        file, out = SHARED, pathlib.Path(folder) / "out.json"
+        if prompts:
+            file = pathlib.Path(folder) / "prompts.jsonl"
+            file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in prompts()))
         subprocess.run(
-            [sys.executable, ROOT / "bench/load.py", "--base-url", server.url, "--model", model_name(server.url),
-             "--prompts", ROOT / "bench/prompts-shared-prefix.jsonl", "--concurrency", str(streams),
-             "--requests", str(requests), "--max-tokens", str(TOKENS), "--ignore-eos", "--warmup", "2",
-             "--offset", str(offset), "--pid", str(server.process.pid), "--out", out.name],
-            check=True, stdout=subprocess.DEVNULL)
-        return json.load(open(out.name))
+            [sys.executable, ROOT / "bench/load.py", "--base-url", server.url, "--model", server.model,
+             "--prompts", file, "--concurrency", str(streams), "--requests", str(requests),
+             "--max-tokens", str(tokens), "--ignore-eos", "--warmup", "2" if tokens > 1 and streams > 1 else "1",
+             "--offset", str(offset), "--pid", str(server.process.pid), "--out", out],
+            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
+        return json.loads(out.read_text())
+
+
+def one_run(peer, point, offset):
+    """The report of a point, or the seconds from start to first token."""
+    server = peer.start(POINTS[point][1] if point in POINTS else 1)
+    try:
+        return server.first_token() if point == START else load(server, point, offset)
+    finally:
+        server.stop()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-server", type=pathlib.Path)
+    parser.add_argument("--peers", default=",".join(peer_servers.ALL), help="some of %(default)s; empty for Shoal alone")
+    parser.add_argument("--points", default="", help="only the points whose name contains this")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--llama-server", type=pathlib.Path, help="a binary of your own")
+    parser.add_argument("--shoal", type=pathlib.Path, help="another binary than target/release/shoal")
     parser.add_argument("--cache", type=pathlib.Path, default=ROOT / "target/peers")
-    parser.add_argument("--threads", default="2")
+    parser.add_argument("--dry", action="store_true", help="print the table, leave docs/performance.md alone")
     args = parser.parse_args()
-    shoal = ROOT / "target/release/shoal"
-    model = subprocess.run([shoal, "model", "fetch"], check=True, capture_output=True, text=True).stdout.strip()
     args.cache.mkdir(parents=True, exist_ok=True)
-    llama = args.llama_server or build_llama(args.cache)
-
-    def start(peer, streams):
-        port = free_port()
-        if peer == "Shoal":
-            return Server([shoal, "up", "--listen", f"127.0.0.1:{port}", "--log", "error"], port)
-        return Server(
-            [llama, "-m", model, "--port", str(port), "-t", args.threads, "-np", str(streams),
-             "-c", str(512 * streams), "-fa", "off", "--no-webui"], port)
+    shoal = peer_servers.Shoal(args)
+    args.model = pathlib.Path(
+        subprocess.run([shoal.binary, "model", "fetch"], check=True, capture_output=True, text=True).stdout.strip())
+    peers, notes = [shoal], []
+    for name in filter(None, args.peers.split(",")):
+        try:
+            peers.append(peer_servers.ALL[name](args))
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            notes.append(f"{peer_servers.ALL[name].name} could not be installed: {error}")
+    points = [p for p in [*POINTS, START] if args.points in p]
 
     runs = {}
     for repeat in range(args.repeats):
-        for streams, requests in POINTS.items():
-            for peer in ("Shoal", "llama.cpp") if repeat % 2 else ("llama.cpp", "Shoal"):
-                server = start(peer, streams)
+        for point in points:
+            # Every peer is first as often as last.
+            for peer in peers if repeat % 2 else reversed(peers):
+                if any(note.startswith(f"{peer.name}, {point}:") for note in notes):
+                    continue
                 try:
-                    report = load(server, streams, requests, 7 * repeat)
-                finally:
-                    server.stop()
-                runs.setdefault((peer, streams), []).append(report)
-                record = {"repeat": repeat, "peer": peer, "streams": streams, **report}
-                with open(args.cache / "runs.jsonl", "a") as log:
-                    log.write(json.dumps(record) + "\n")
-                print(f"{repeat} {peer} {streams}: {report['output_tok_s']} tok/s, {report['errors']} errors", flush=True)
-    write(runs, args)
-
-
-def write(runs, args):
+                    runs.setdefault((peer.name, point), []).append(one_run(peer, point, 7 * repeat))
+                    print(repeat, point, peer.name, summary(point, runs[peer.name, point][-1]), flush=True)
+                except (OSError, RuntimeError, subprocess.SubprocessError, KeyError) as error:
+                    traceback.print_exc()
+                    notes.append(f"{peer.name}, {point}: {type(error).__name__}: {error}".splitlines()[0])
     cpu = next(l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    lines = [
-        BEGIN,
-        f"{datetime.date.today()}, {cpu}, {args.threads} threads, {platform.system()}; "
-        f"{args.repeats} interleaved runs, median [least–most].",
-        "",
-        "| server | streams | tok/s | × llama.cpp | TTFT p50 ms | TPOT p50 ms |",
-        "|---|---|---|---|---|---|",
-    ]
-    median = lambda key, field: statistics.median(r[field] for r in runs[key])
-    for streams in POINTS:
-        for peer in ("llama.cpp", "Shoal"):
-            all_ = [r["output_tok_s"] for r in runs[peer, streams]]
-            ratio = median((peer, streams), "output_tok_s") / median(("llama.cpp", streams), "output_tok_s")
-            lines.append(
-                f"| {peer} | {streams} | {statistics.median(all_):.0f} [{min(all_):.0f}–{max(all_):.0f}] "
-                f"| {ratio:.2f} | {median((peer, streams), 'ttft_ms_p50'):.0f} | {median((peer, streams), 'tpot_ms_p50'):.1f} |")
-    lines.append(END)
-    page = ROOT / "docs/performance.md"
-    text = page.read_text()
-    head, rest = text.split(BEGIN)
-    page.write_text(head + "\n".join(lines) + rest.split(END)[1])
+    about = (f"{datetime.date.today()}, {cpu}, {args.threads} threads, {platform.system()}; {args.repeats} "
+             "interleaved runs, median [least–most]; × is how much better Shoal is than the best peer.")
+    names = [peer.name for peer in peers]
+    rows = [row for row in (figures(runs, names, *row) for row in ROWS) if row]
+    table = "\n".join([about, "", *markdown(names, rows), "", *(f"- {note}" for note in notes)]).rstrip()
+    print(table)
+    if not args.dry:
+        plot = ROOT / "docs/performance.svg"
+        plot.write_text(peer_plot.svg(names, rows))
+        page = ROOT / "docs/performance.md"
+        head, rest = page.read_text().split(BEGIN)
+        table += "\n\n![Shoal beside its peers](performance.svg)"
+        page.write_text(f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+
+
+def summary(point, report):
+    if point == START:
+        return f"{report:.2f} s"
+    return f"{report['output_tok_s']} tok/s, TTFT {report['ttft_ms_p50']} ms, {report['errors']} errors"
+
+
+def figures(runs, names, heading, point, number, unit, more):
+    """A row of the table: its heading, unit, direction, and (median, least, most) of every peer."""
+    row = {}
+    for name in names:
+        numbers = [number(r) for r in runs.get((name, point), []) if r and not (isinstance(r, dict) and r["errors"])]
+        if numbers:
+            row[name] = statistics.median(numbers), min(numbers), max(numbers)
+    return (heading, unit, more, row) if row else None
+
+
+def markdown(names, rows):
+    yield "| | " + " | ".join(names) + " | × |"
+    yield "|---" * (len(names) + 2) + "|"
+    for heading, unit, more, row in rows:
+        digits = 2 if unit == "s" else 0
+        cells = []
+        for name in names:
+            if name not in row:
+                cells.append("–")
+                continue
+            median, least, most = row[name]
+            cells.append(f"{median:.{digits}f} [{least:.{digits}f}–{most:.{digits}f}]")
+        others = [row[name][0] for name in names[1:] if name in row]
+        times = "–"
+        if others and names[0] in row:
+            own = row[names[0]][0]
+            times = f"{own / max(others) if more else min(others) / own:.2f}"
+        yield f"| {heading}, {unit} | " + " | ".join(cells) + f" | {times} |"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use shoal_gguf::GgmlType;
+use shoal_gguf::testmodel::MIN_VOCAB;
 
 use crate::bench;
 use crate::chat::ChatArgs;
@@ -190,6 +192,65 @@ Examples:
 
     /// List the cached models
     List(ListArgs),
+
+    /// Write a model of random weights, of any shape: to measure what no file at hand shows
+    #[command(after_help = "\
+Examples:
+  shoal model random llama-1b.gguf
+  shoal model random small.gguf --layers 2 --width 256 --heads 4 --kv-heads 2 --ff 512 --vocab 1024")]
+    Random(RandomArgs),
+}
+
+/// Options of `shoal model random`: by default the shape of Llama 3.2 1B.
+#[derive(Args, Debug)]
+pub(crate) struct RandomArgs {
+    /// File to write
+    pub(crate) out: PathBuf,
+
+    /// Type of the matrices
+    #[arg(long = "type", value_name = "TYPE", default_value = "Q4_K", value_parser = weight_type)]
+    pub(crate) weights: GgmlType,
+
+    /// Blocks
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub(crate) layers: usize,
+
+    /// Width of a row between the blocks
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub(crate) width: usize,
+
+    /// Width inside the feed-forward part
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    pub(crate) ff: usize,
+
+    /// Query heads
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) heads: usize,
+
+    /// Key-value heads
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(crate) kv_heads: usize,
+
+    /// Width of a head
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) head_dim: usize,
+
+    /// Tokens in the vocabulary
+    #[arg(long, value_name = "N", default_value_t = 128_256,
+          value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(MIN_VOCAB as u64..))]
+    pub(crate) vocab: usize,
+
+    /// Longest context in tokens
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    pub(crate) context: u32,
+}
+
+fn weight_type(name: &str) -> Result<GgmlType, String> {
+    let named = |ty: &GgmlType| ty.name().eq_ignore_ascii_case(name);
+    GgmlType::all().find(named).ok_or_else(|| {
+        let names: Vec<&str> = GgmlType::all().map(GgmlType::name).collect();
+        format!("the types are {}", names.join(", "))
+    })
 }
 
 /// Options of `shoal model inspect`.
@@ -251,4 +312,17 @@ Time to first token: from sending a request to the first text. Time per output t
 first text to the last, by the tokens after the first. Tokens are those that the server counts;
 tokens/s are those of all answered requests by the time of the whole run.")]
     Serve(bench::ServeArgs),
+
+    /// Time the steps of a model on this machine, beside what the machine can do at most
+    #[command(after_help = "\
+Examples:
+  shoal bench engine
+  shoal bench engine model.gguf --threads 1 --only decode
+  shoal bench engine --json
+
+Times are medians. read%, dots% and fma%: the time that the weights, keys and values would take to
+read, the products of quantised weights to compute, and attention to compute, each at the rate that
+the machine was found to have, as a share of the time taken. limit%: the dearest of the three in
+every part of a step.")]
+    Engine(bench::engine::EngineArgs),
 }

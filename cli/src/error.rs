@@ -11,6 +11,7 @@ use shoal_router::RouterError;
 use shoal_worker::WorkerError;
 
 use crate::bench::BenchError;
+use crate::bench::engine::EngineBenchError;
 use crate::chat::ChatError;
 use crate::config::ConfigError;
 use crate::operate::OperateError;
@@ -28,6 +29,8 @@ pub(crate) enum CliError {
     Runtime(#[source] io::Error),
     #[error("cannot write to standard output")]
     Output(#[source] io::Error),
+    #[error("cannot write {path}")]
+    Write { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("{path} is no usable model")]
@@ -52,6 +55,11 @@ pub(crate) enum CliError {
     Bench(#[from] BenchError),
     #[error(transparent)]
     Operate(#[from] OperateError),
+    #[error("{path} cannot be measured")]
+    EngineBench {
+        path: PathBuf,
+        source: EngineBenchError,
+    },
 }
 
 impl CliError {
@@ -62,6 +70,7 @@ impl CliError {
             Self::Log(error) => error.class(),
             Self::Runtime(_)
             | Self::Output(_)
+            | Self::Write { .. }
             | Self::Signals(_)
             | Self::Supervisor(_)
             | Self::Task(_)
@@ -74,6 +83,7 @@ impl CliError {
             Self::Chat(error) => error.class(),
             Self::Bench(error) => error.class(),
             Self::Operate(error) => error.class(),
+            Self::EngineBench { source, .. } => source.class(),
         }
     }
 }

@@ -126,12 +126,23 @@ fn run(cli: Cli, started: Instant) -> Result<(), CliError> {
                 false => write!(out, "{report}"),
             })?;
         }
+        Command::Bench(BenchCommand::Engine(args)) => {
+            start_log(log, "warn")?;
+            let path = model::store(&args.store, &file)?.resolve(&args.model)?;
+            let report = bench::engine::run(&args, &path)
+                .map_err(|source| CliError::EngineBench { path, source })?;
+            model::print(|out| match args.json {
+                true => writeln!(out, "{}", serde_json::to_string(&report)?),
+                false => write!(out, "{report}"),
+            })?;
+        }
         Command::Model(command) => {
             start_log(log, "info")?;
             match command {
                 ModelCommand::Inspect(args) => model::show(&args, &file)?,
                 ModelCommand::Fetch(args) => model::fetch(&args, &file)?,
                 ModelCommand::List(args) => model::list(&args, &file)?,
+                ModelCommand::Random(args) => model::random(&args)?,
             }
         }
     }

@@ -1,10 +1,12 @@
 //! `shoal model`: the model files of this machine.
 
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
 
 use indicatif::HumanBytes;
+use shoal_gguf::testmodel::{Family, RopeScaling, TestModel};
 
-use crate::args::{FetchArgs, InspectArgs, ListArgs};
+use crate::args::{FetchArgs, InspectArgs, ListArgs, RandomArgs};
 use crate::config::{ConfigFile, StoreSettings};
 use crate::error::CliError;
 use crate::inspect::{Details, inspect};
@@ -55,6 +57,42 @@ pub(crate) fn list(args: &ListArgs, file: &ConfigFile) -> Result<(), CliError> {
             )?;
         }
         Ok(())
+    })
+}
+
+/// Writes a model of random weights.
+pub(crate) fn random(args: &RandomArgs) -> Result<(), CliError> {
+    let recipe = TestModel {
+        family: Family::Llama,
+        layers: args.layers,
+        d_model: args.width,
+        heads: args.heads,
+        kv_heads: args.kv_heads,
+        head_dim: args.head_dim,
+        d_ff: args.ff,
+        vocab: args.vocab,
+        context: args.context,
+        rope_base: 500_000.0,
+        rope_scaling: RopeScaling::None,
+        tied_head: true,
+        qkv_bias: false,
+        weights: args.weights,
+        mix: Vec::new(),
+        seed: 1,
+    };
+    let path = || args.out.clone();
+    let model = recipe.build().map_err(|source| CliError::Model {
+        path: path(),
+        source,
+    })?;
+    let write = || {
+        let mut out = BufWriter::new(File::create(&args.out)?);
+        model.write(&mut out)?;
+        out.flush()
+    };
+    write().map_err(|source| CliError::Write {
+        path: path(),
+        source,
     })
 }
 

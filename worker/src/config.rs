@@ -47,7 +47,7 @@ impl FromStr for BackendKind {
     }
 }
 
-/// An instruction set by its name: `scalar`, `avx2` or `avx512`.
+/// An instruction set by its name: `scalar`, `avx2`, `avx512` or `avx512bf16`.
 ///
 /// # Errors
 /// When the name is another.
@@ -56,6 +56,7 @@ pub fn parse_isa(name: &str) -> Result<Isa, ConfigError> {
         "scalar" => Ok(Isa::Scalar),
         "avx2" => Ok(Isa::Avx2),
         "avx512" => Ok(Isa::Avx512),
+        "avx512bf16" => Ok(Isa::Avx512Bf16),
         _ => Err(ConfigError::Isa { given: name.into() }),
     }
 }
@@ -66,6 +67,7 @@ pub(crate) fn isa_name(isa: Isa) -> &'static str {
         Isa::Scalar => "scalar",
         Isa::Avx2 => "avx2",
         Isa::Avx512 => "avx512",
+        Isa::Avx512Bf16 => "avx512bf16",
     }
 }
 
@@ -215,7 +217,7 @@ pub enum ConfigError {
         given: String,
     },
     /// Not an instruction set.
-    #[error("the instruction set is scalar, avx2 or avx512, not {given:?}")]
+    #[error("the instruction set is scalar, avx2, avx512 or avx512bf16, not {given:?}")]
     Isa {
         /// What was given.
         given: String,

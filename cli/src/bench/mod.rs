@@ -1,5 +1,6 @@
-//! `shoal bench`: load for a served model, and what it made of it.
+//! `shoal bench`: load for a served model, and what it made of it; the engine alone.
 
+pub(crate) mod engine;
 mod grpc;
 mod http;
 mod load;

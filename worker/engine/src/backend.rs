@@ -182,4 +182,13 @@ pub trait Backend: Send {
     /// Stores the keys and values of every row, and writes the logits of row
     /// `batch.logit_rows[i]` to `logits[i * vocab..][..vocab]`.
     fn step(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError>;
+
+    /// Of every logit row of the last step, the greatest of each block of
+    /// [`logits::BLOCK`](shoal_kernels::logits::BLOCK), as [`block_maxima`] gives them. Empty
+    /// where the backend does not keep them.
+    ///
+    /// [`block_maxima`]: shoal_kernels::logits::block_maxima
+    fn maxima(&self) -> &[f32] {
+        &[]
+    }
 }

@@ -13,7 +13,7 @@ pub mod engine;
 mod kv;
 pub mod metrics;
 pub mod request;
-mod sampler;
+pub mod sampler;
 mod scheduler;
 mod sequence;
 pub mod spec;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use shoal_core::{Class, TokenId};
+use shoal_kernels::logits::BLOCK;
 
 use crate::backend::{Backend, BackendError};
 use crate::config::Limits;
@@ -197,6 +198,7 @@ impl Stepper {
             let mut rows = Rows {
                 sampler: &mut self.sampler,
                 logits: &mut self.logits,
+                maxima: self.backend.maxima(),
                 vocab: self.vocab,
             };
             let offset = sequence.output_len();
@@ -255,13 +257,23 @@ impl Stepper {
 struct Rows<'a> {
     sampler: &'a mut Sampler,
     logits: &'a mut [f32],
+    /// Of their blocks, if the backend keeps them.
+    maxima: &'a [f32],
     vocab: usize,
 }
 
-impl Rows<'_> {
+impl<'a> Rows<'a> {
+    /// The logits of a row, and the maxima of their blocks.
+    fn row(&mut self, row: usize) -> (&mut [f32], &'a [f32], &mut Sampler) {
+        let logits = &mut self.logits[row * self.vocab..][..self.vocab];
+        let blocks = self.vocab.div_ceil(BLOCK);
+        let maxima = self.maxima.get(row * blocks..(row + 1) * blocks);
+        (logits, maxima.unwrap_or_default(), self.sampler)
+    }
+
     fn logprob(&mut self, row: usize, token: TokenId, top: u32) -> Result<Logprob, SampleError> {
-        let logits = &self.logits[row * self.vocab..][..self.vocab];
-        self.sampler.logprob(logits, token, top)
+        let (logits, maxima, sampler) = self.row(row);
+        sampler.logprob(logits, maxima, token, top)
     }
 
     /// Scores the prompt tokens that follow the slot's scoring rows.
@@ -293,8 +305,8 @@ impl Rows<'_> {
                 masked: sequence.masked(),
                 position: sequence.output_len() as u32,
             };
-            let logits = &mut self.logits[row * self.vocab..][..self.vocab];
-            let token = self.sampler.draw(logits, draw)?;
+            let (logits, maxima, sampler) = self.row(row);
+            let token = sampler.draw(logits, maxima, draw)?;
             if let Some(top) = sequence.scoring.output_top {
                 logprobs.push(self.logprob(row, token, top)?);
             }

@@ -3,15 +3,13 @@
 //! The weights of all layers are distinct and used in turn, so that caches behave as in a
 //! model. The machine may be shared: each figure is the best of many short windows.
 
-mod limits;
-
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use limits::{best, read_limit, vnni_limit};
 use shoal_kernels::Isa;
 use shoal_kernels::arena::Arena;
 use shoal_kernels::gemm::{Linear, Placed, Write, multiply};
+use shoal_kernels::limits::{best, dot_rate, read_rate};
 use shoal_kernels::pack::{Block, BlockRows, Format, Layout, Packing, Source, pack};
 use shoal_kernels::pool::Pool;
 use shoal_kernels::quant::Activations;
@@ -100,8 +98,8 @@ fn main() {
     for threads in [1, 2] {
         let mut pool = Pool::new(threads).expect("a thread can be started");
         let mut team = Team::new(threads, isa, 0, 0).expect("a thread can be started");
-        let read = read_limit(&mut pool, &arena.as_slice()[..total]);
-        let vnni = vnni_limit(&mut pool).unwrap_or(f64::NAN);
+        let read = read_rate(&mut pool, &arena.as_slice()[..total]);
+        let vnni = dot_rate(&mut pool, isa).unwrap_or(f64::NAN);
         println!(
             "\n{isa:?}, {threads} threads: memory {:.1} GB/s, VNNI {:.2} TOPS",
             read / 1e9,

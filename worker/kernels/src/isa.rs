@@ -11,11 +11,13 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL, DQ and VNNI.
     Avx512,
+    /// The same with AVX-512 BF16.
+    Avx512Bf16,
 }
 
 impl Isa {
     /// Every instruction set, available or not.
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
 
     /// The best that this machine has.
     #[inline]
@@ -56,10 +58,11 @@ fn best() -> Isa {
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vnni");
-    match (avx2, avx512) {
-        (true, true) => Isa::Avx512,
-        (true, false) => Isa::Avx2,
-        (false, _) => Isa::Scalar,
+    match (avx2, avx512, is_x86_feature_detected!("avx512bf16")) {
+        (true, true, true) => Isa::Avx512Bf16,
+        (true, true, false) => Isa::Avx512,
+        (true, false, _) => Isa::Avx2,
+        (false, ..) => Isa::Scalar,
     }
 }
 

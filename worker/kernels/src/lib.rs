@@ -10,6 +10,8 @@ pub mod elementwise;
 pub mod gemm;
 pub mod isa;
 pub mod kv;
+pub mod limits;
+pub mod logits;
 pub mod norm;
 pub mod pack;
 pub mod pool;
@@ -17,6 +19,7 @@ pub mod quant;
 pub mod rope;
 pub mod team;
 
+mod bf16;
 mod math;
 mod simd;
 #[cfg(test)]

@@ -1,5 +1,8 @@
 //! Rotary position embedding (Su et al. 2021).
 
+use crate::Isa;
+use crate::simd::{Lanes, dispatch};
+
 /// Sines and cosines of one position: `table[i]` and `table[pairs + i]` are the cosine and
 /// the sine of pair i, times `magnitude`.
 ///
@@ -18,7 +21,15 @@ pub fn fill_table(position: u32, inv_freq: &[f32], magnitude: f32, table: &mut [
 ///
 /// # Panics
 /// When the table has more pairs than the head.
-pub fn rotate_interleaved(head: &mut [f32], table: &[f32]) {
+pub fn rotate_interleaved(isa: Isa, head: &mut [f32], table: &[f32]) {
+    // SAFETY: the kernel needs the features alone.
+    dispatch!(isa, interleaved::<_>(head: &mut [f32], table: &[f32]));
+}
+
+/// # Safety
+/// See [`Lanes`].
+#[inline(always)]
+unsafe fn interleaved<L: Lanes>(head: &mut [f32], table: &[f32]) {
     let pairs = table.len() / 2;
     let (cos, sin) = table.split_at(pairs);
     for ((pair, &c), &s) in head[..2 * pairs].chunks_exact_mut(2).zip(cos).zip(sin) {
@@ -32,7 +43,15 @@ pub fn rotate_interleaved(head: &mut [f32], table: &[f32]) {
 ///
 /// # Panics
 /// When the table has more pairs than the head.
-pub fn rotate_halves(head: &mut [f32], table: &[f32]) {
+pub fn rotate_halves(isa: Isa, head: &mut [f32], table: &[f32]) {
+    // SAFETY: the kernel needs the features alone.
+    dispatch!(isa, halves::<_>(head: &mut [f32], table: &[f32]));
+}
+
+/// # Safety
+/// See [`Lanes`].
+#[inline(always)]
+unsafe fn halves<L: Lanes>(head: &mut [f32], table: &[f32]) {
     let pairs = table.len() / 2;
     let (cos, sin) = table.split_at(pairs);
     let (low, high) = head[..2 * pairs].split_at_mut(pairs);
@@ -44,7 +63,7 @@ pub fn rotate_halves(head: &mut [f32], table: &[f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::random;
+    use crate::testing::{isas, random};
 
     #[test]
     fn rotations_turn_by_the_angle_and_keep_the_rest() {
@@ -53,8 +72,14 @@ mod tests {
         fill_table(5, &inv_freq, 1.0, &mut table);
         let x = random(8, 3);
         let (mut norm, mut neox) = (x.clone(), x.clone());
-        rotate_interleaved(&mut norm, &table);
-        rotate_halves(&mut neox, &table);
+        rotate_interleaved(Isa::Scalar, &mut norm, &table);
+        rotate_halves(Isa::Scalar, &mut neox, &table);
+        for isa in isas() {
+            let (mut a, mut b) = (x.clone(), x.clone());
+            rotate_interleaved(isa, &mut a, &table);
+            rotate_halves(isa, &mut b, &table);
+            assert!(a == norm && b == neox, "{isa:?}");
+        }
         for (i, freq) in inv_freq.into_iter().enumerate() {
             let (sin, cos) = (5.0 * f64::from(freq)).sin_cos();
             for (out, a, b) in [(&norm, 2 * i, 2 * i + 1), (&neox, i, i + 3)] {

@@ -9,6 +9,8 @@
 //! reached from a function that enables the features of the implementation, which is what
 //! [`dispatch!`] writes.
 
+use crate::bf16::bf16;
+
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
 
@@ -26,6 +28,17 @@ pub(crate) trait Lanes: Copy {
     unsafe fn store(self, p: *mut f32);
     /// Stores the lanes as f16, rounded to nearest even.
     unsafe fn store_f16(self, p: *mut u16);
+    /// Stores the lanes as bf16, rounded to nearest even, those below [`bf16`]'s least as zeros.
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16) {
+        let mut lanes = [0.0; LANES];
+        // SAFETY: the caller vouches for sixteen elements.
+        unsafe {
+            self.store(lanes.as_mut_ptr());
+            p.cast::<[u16; LANES]>()
+                .write_unaligned(lanes.map(|x| bf16(x) as u16));
+        }
+    }
     unsafe fn add(self, b: Self) -> Self;
     unsafe fn sub(self, b: Self) -> Self;
     unsafe fn mul(self, b: Self) -> Self;
@@ -469,7 +482,7 @@ macro_rules! dispatch {
             }
             match $isa.checked() {
                 // SAFETY: `checked` found the features.
-                $crate::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::Isa::Avx512 | $crate::Isa::Avx512Bf16 => unsafe { avx512($($arg),*) },
                 $crate::Isa::Avx2 => unsafe { avx2($($arg),*) },
                 $crate::Isa::Scalar => unsafe { $kernel::<$crate::simd::Scalar $(, $c)*>($($arg),*) },
             }

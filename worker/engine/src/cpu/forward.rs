@@ -8,7 +8,7 @@ use shoal_kernels::quant::Activations;
 use shoal_kernels::rope::{fill_table, rotate_halves, rotate_interleaved};
 use shoal_kernels::team::Team;
 
-use super::CpuBackend;
+use super::{CpuBackend, Phase};
 use crate::backend::Batch;
 use crate::spec::RopeKind;
 
@@ -43,6 +43,7 @@ impl CpuBackend {
         logits: &mut [f32],
     ) -> Result<(), CollectiveError> {
         self.embed(batch)?;
+        self.times.lap(Phase::Begin);
         for layer in 0..self.spec.n_layer {
             self.attention(layer)?;
             self.feed_forward(layer)?;
@@ -87,9 +88,9 @@ impl CpuBackend {
             spec.rms_eps,
             &mut s.attn_in,
         );
+        self.times.lap(Phase::Norm);
 
         let heads = self.heads;
-        let scale = 1.0 / (heads.dim as f32).sqrt();
         let (tables, table_width) = (&s.rope, 2 * spec.rope.inv_freq.len());
         let inputs = (self.weights.linear(&layer.qkv), &s.attn_in);
         self.kv.project(
@@ -116,18 +117,19 @@ impl CpuBackend {
                 }
                 let table = &tables[row * table_width..][..table_width];
                 match spec.rope.kind {
-                    RopeKind::Interleaved => rotate_interleaved(values, table),
-                    RopeKind::Halves => rotate_halves(values, table),
-                }
-                if head < heads.q {
-                    values.iter_mut().for_each(|v| *v *= scale);
+                    RopeKind::Interleaved => rotate_interleaved(isa, values, table),
+                    RopeKind::Halves => rotate_halves(isa, values, table),
                 }
             },
         );
+        self.times.lap(Phase::Qkv);
         self.kv
             .attend(team, index, &mut self.plan, &s.queries, &mut s.attn_out);
+        self.times.lap(Phase::Attention);
         let output = self.weights.linear(&layer.attn_output);
-        add_output(team, &mut self.group, output, &s.attn_out, rows, x)
+        add_output(team, &mut self.group, output, &s.attn_out, rows, x)?;
+        self.times.lap(Phase::Output);
+        Ok(())
     }
 
     fn feed_forward(&mut self, index: usize) -> Result<(), CollectiveError> {
@@ -136,10 +138,14 @@ impl CpuBackend {
         let s = &mut self.scratch;
         let x = &mut s.residual[..rows * spec.d_model];
         norm_quantize(team, x, None, &layer.ffn_norm, spec.rms_eps, &mut s.ffn_in);
+        self.times.lap(Phase::Norm);
         let gate_up = self.weights.linear(&layer.gate_up);
         gated(team, gate_up, &s.ffn_in, rows, &mut s.ffn_out);
+        self.times.lap(Phase::GateUp);
         let down = self.weights.linear(&layer.down);
-        add_output(team, &mut self.group, down, &s.ffn_out, rows, x)
+        add_output(team, &mut self.group, down, &s.ffn_out, rows, x)?;
+        self.times.lap(Phase::Down);
+        Ok(())
     }
 
     fn head(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), CollectiveError> {
@@ -157,9 +163,11 @@ impl CpuBackend {
             spec.rms_eps,
             &mut s.head,
         );
+        self.times.lap(Phase::Norm);
         let head = self.weights.linear(&self.weights.head);
         let Some(group) = &mut self.group else {
-            multiply(team, head, &s.head, rows, logits, Write::Set);
+            gemm::logits(team, head, &s.head, rows, logits, &mut s.maxima);
+            self.times.lap(Phase::Head);
             return Ok(());
         };
         if group.rank() > 0 {

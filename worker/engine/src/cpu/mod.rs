@@ -6,9 +6,12 @@
 
 mod forward;
 mod pack;
+mod phases;
 mod shard;
 mod weights;
 mod words;
+
+pub use phases::{Phase, PhaseTimes};
 
 use sha2::{Digest, Sha256};
 use shoal_collective::Collective;
@@ -16,6 +19,7 @@ use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
 use shoal_kernels::attention::MAX_QUERIES;
 use shoal_kernels::kv::{HEAD_MULTIPLE, Heads, KvPool, Plan, Run};
+use shoal_kernels::logits;
 use shoal_kernels::quant::{Activations, BLOCK};
 use shoal_kernels::team::Team;
 
@@ -24,10 +28,10 @@ use crate::digest::weights_digest;
 use crate::spec::ModelSpec;
 use forward::Group;
 pub use shard::{Estimate, Shard, ShardError, ShardPlan};
-use weights::{Linear, Weights};
+use weights::{Layer, Linear, Weights};
 
 /// Raised whenever a change of the kernels changes a bit of a result.
-const NUMERICS_VERSION: u32 = 1;
+const NUMERICS_VERSION: u32 = 2;
 
 /// How a [`CpuBackend`] is built.
 #[derive(Clone, Debug)]
@@ -61,18 +65,22 @@ pub struct CpuBackend {
     kv: KvPool,
     plan: Plan,
     scratch: Scratch,
+    times: PhaseTimes,
 }
 
 /// The rows of a step between the phases.
 struct Scratch {
     residual: Vec<f32>,
-    queries: Vec<f32>,
+    /// As pairs of brain floats.
+    queries: Vec<u32>,
     rope: Vec<f32>,
     attn_in: Activations,
     attn_out: Activations,
     ffn_in: Activations,
     ffn_out: Activations,
     head: Activations,
+    /// Of the blocks of every row of logits.
+    maxima: Vec<f32>,
 }
 
 impl CpuBackend {
@@ -134,13 +142,14 @@ impl CpuBackend {
         let rows = options.max_rows;
         let scratch = Scratch {
             residual: vec![0.0; rows * spec.d_model],
-            queries: vec![0.0; rows * q_width],
+            queries: vec![0; rows * q_width / 2],
             rope: vec![0.0; rows * 2 * spec.rope.inv_freq.len()],
             attn_in: inputs(rows, spec.d_model, weights.each(|layer| &layer.qkv)),
             attn_out: inputs(rows, q_width, weights.each(|layer| &layer.attn_output)),
             ffn_in: inputs(rows, spec.d_model, weights.each(|layer| &layer.gate_up)),
             ffn_out: inputs(rows, shard.ff.len(), weights.each(|layer| &layer.down)),
             head: inputs(rows, spec.d_model, std::iter::once(&weights.head)),
+            maxima: vec![0.0; options.max_logit_rows * spec.vocab.div_ceil(logits::BLOCK)],
         };
         Ok(Self {
             numerics_id: NumericsId(sha.finalize().into()),
@@ -157,7 +166,27 @@ impl CpuBackend {
             weights,
             kv,
             scratch,
+            times: PhaseTimes::start(),
         })
+    }
+
+    /// Where the time of the last step went.
+    pub fn times(&self) -> PhaseTimes {
+        self.times
+    }
+
+    /// Bytes of packed weights that a phase of a step reads.
+    pub fn weight_bytes(&self, phase: Phase) -> usize {
+        let weights = &self.weights;
+        let layers = |of: fn(&Layer) -> &Linear| weights.each(of).map(Linear::bytes).sum();
+        match phase {
+            Phase::Begin | Phase::Norm | Phase::Attention => 0,
+            Phase::Qkv => layers(|layer| &layer.qkv),
+            Phase::Output => layers(|layer| &layer.attn_output),
+            Phase::GateUp => layers(|layer| &layer.gate_up),
+            Phase::Down => layers(|layer| &layer.down),
+            Phase::Head => weights.head.bytes(),
+        }
     }
 
     /// Its number among the ranks.
@@ -237,6 +266,7 @@ impl CpuBackend {
 
     fn run(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
         self.fits(batch)?;
+        self.times = PhaseTimes::start();
         self.plan.set(batch.segments.iter().map(|segment| Run {
             row: segment.rows.start as usize,
             rows: segment.rows.len(),
@@ -319,5 +349,13 @@ impl Backend for CpuBackend {
             group.broadcast(&mut self.words)?;
         }
         self.run(batch, logits)
+    }
+
+    fn maxima(&self) -> &[f32] {
+        match self.group {
+            None => &self.scratch.maxima,
+            // Logits of other ranks have none.
+            Some(_) => &[],
+        }
     }
 }

@@ -21,6 +21,11 @@ pub(super) struct Linear {
 }
 
 impl Linear {
+    /// Bytes of its matrices.
+    pub(super) fn bytes(&self) -> usize {
+        self.parts.iter().map(|part| part.layout.bytes()).sum()
+    }
+
     /// How its matrices take their inputs.
     pub(super) fn precisions(&self) -> impl Iterator<Item = Precision> {
         self.parts

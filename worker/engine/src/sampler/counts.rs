@@ -7,7 +7,7 @@ use shoal_core::{Sampling, TokenId};
 /// Occurrences in the output of every token that a penalty concerns. Empty, and free, where
 /// no penalty is asked for.
 #[derive(Debug, Default)]
-pub(crate) struct Counts {
+pub struct Counts {
     in_output: HashMap<TokenId, u32>,
     active: bool,
 }

@@ -1,8 +1,9 @@
 //! Log-probabilities, from the logits as the model made them.
 
 use shoal_core::TokenId;
+use shoal_kernels::Isa;
+use shoal_kernels::logits::total_weight;
 
-use super::truncate::total_weight;
 use super::{SampleError, Sampler, rows};
 use crate::request::Logprob;
 
@@ -10,15 +11,17 @@ impl Sampler {
     /// The log-probability of `token`, and the `top` most likely tokens.
     ///
     /// `logit - max - ln(sum of e^(logit - max))`: blocks of 64 are summed in 16 lanes of f32,
-    /// the blocks in f64, in order.
+    /// the blocks in f64, in order. `maxima` as for [`draw`](Self::draw).
     pub(crate) fn logprob(
         &mut self,
         logits: &[f32],
+        maxima: &[f32],
         token: TokenId,
         top: u32,
     ) -> Result<Logprob, SampleError> {
-        let max = rows::block_maxima(logits, &mut self.block_max)?;
-        let normaliser = f64::from(max) + libm::log(total_weight(logits, max, 1.0));
+        self.take_maxima(logits, maxima);
+        let max = rows::greatest(&self.block_max)?;
+        let normaliser = f64::from(max) + libm::log(total_weight(Isa::detect(), logits, max, 1.0));
         let logprob = |logit: f32| (f64::from(logit) - normaliser) as f32;
         let best = self.truncation.best(logits, &self.block_max, top as usize);
         Ok(Logprob {

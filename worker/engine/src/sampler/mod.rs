@@ -13,14 +13,16 @@ mod rows;
 mod truncate;
 
 use shoal_core::{Class, NoiseKey, Sampling, TokenId};
+use shoal_kernels::Isa;
+use shoal_kernels::logits::{BLOCK, block_maxima};
 
-pub(crate) use self::counts::Counts;
+pub use self::counts::Counts;
 use self::race::Race;
 use self::truncate::Truncation;
 
 /// Why no token could be drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum SampleError {
+pub enum SampleError {
     /// The backend's logits hold a NaN or plus infinity.
     #[error("the logits hold a NaN or an infinity")]
     NotFinite,
@@ -31,7 +33,7 @@ pub(crate) enum SampleError {
 
 impl SampleError {
     /// What to do about it.
-    pub(crate) fn class(self) -> Class {
+    pub fn class(self) -> Class {
         match self {
             Self::NotFinite => Class::Retry,
             Self::NothingAllowed => Class::Client,
@@ -41,18 +43,20 @@ impl SampleError {
 
 /// What a draw needs beside the logits.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Draw<'a> {
-    pub(crate) sampling: &'a Sampling,
-    pub(crate) counts: &'a Counts,
+pub struct Draw<'a> {
+    /// How to draw.
+    pub sampling: &'a Sampling,
+    /// What penalties count.
+    pub counts: &'a Counts,
     /// Tokens that may not be drawn.
-    pub(crate) masked: &'a [TokenId],
+    pub masked: &'a [TokenId],
     /// Absolute output position of the token to draw.
-    pub(crate) position: u32,
+    pub position: u32,
 }
 
 /// Draws tokens and computes their log-probabilities. Holds scratch memory only.
 #[derive(Debug, Default)]
-pub(crate) struct Sampler {
+pub struct Sampler {
     /// Logits that a draw changed, with their old values.
     changed: Vec<(TokenId, f32)>,
     block_max: Vec<f32>,
@@ -60,13 +64,25 @@ pub(crate) struct Sampler {
 }
 
 impl Sampler {
-    /// Draws one token. The logits are as they were on return.
-    pub(crate) fn draw(
+    /// Draws one token. The logits are as they were on return. `maxima` are those of their
+    /// blocks; where they are empty, it finds them itself.
+    ///
+    /// # Errors
+    /// When there is no token to draw.
+    pub fn draw(
         &mut self,
         logits: &mut [f32],
+        maxima: &[f32],
         draw: Draw<'_>,
     ) -> Result<TokenId, SampleError> {
+        self.take_maxima(logits, maxima);
         adjust(logits, draw, &mut self.changed);
+        for &(token, _) in &self.changed {
+            let block = token as usize / BLOCK;
+            let end = logits.len().min((block + 1) * BLOCK);
+            let of_block = &mut self.block_max[block..=block];
+            block_maxima(Isa::detect(), &logits[block * BLOCK..end], of_block);
+        }
         let token = self.draw_adjusted(logits, draw);
         // Last change first, so that a token changed twice ends with its first value.
         while let Some((token, old)) = self.changed.pop() {
@@ -75,8 +91,18 @@ impl Sampler {
         token
     }
 
+    fn take_maxima(&mut self, logits: &[f32], maxima: &[f32]) {
+        if maxima.is_empty() {
+            self.block_max.resize(logits.len().div_ceil(BLOCK), 0.0);
+            block_maxima(Isa::detect(), logits, &mut self.block_max);
+        } else {
+            self.block_max.clear();
+            self.block_max.extend_from_slice(maxima);
+        }
+    }
+
     fn draw_adjusted(&mut self, logits: &[f32], draw: Draw<'_>) -> Result<TokenId, SampleError> {
-        let max = rows::block_maxima(logits, &mut self.block_max)?;
+        let max = rows::greatest(&self.block_max)?;
         let sampling = draw.sampling;
         if sampling.temperature == 0.0 {
             return Ok(rows::first_of(logits, &self.block_max, max));

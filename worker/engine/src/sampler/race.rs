@@ -1,9 +1,10 @@
 //! The exponential race: the token with the least `E / w` wins, the lowest id on a tie.
 
 use shoal_core::{NoiseKey, TokenId};
+use shoal_kernels::logits::{BLOCK, exp_neg};
 
-use super::math::{exp_neg, log2_below};
-use super::rows::{BLOCK, LANES};
+use super::math::log2_below;
+use super::rows::LANES;
 
 /// Below log2 of every uniform number.
 const LOG2_LEAST_UNIFORM: f32 = -33.1;

@@ -1,39 +1,20 @@
 //! Passes over a whole row of logits.
 
 use shoal_core::TokenId;
+use shoal_kernels::logits::BLOCK;
 
 use super::SampleError;
 
-/// Logits per block, and lanes of a vector loop over one.
-pub(super) const BLOCK: usize = 64;
+/// Lanes of a vector loop over a block.
 pub(super) const LANES: usize = 16;
 
-/// Writes the largest logit of each block of [`BLOCK`], and gives the largest of all.
-pub(super) fn block_maxima(logits: &[f32], maxima: &mut Vec<f32>) -> Result<f32, SampleError> {
-    maxima.clear();
-    // x - x is 0 unless x is NaN or infinite. Minus infinity is a masked token.
-    let mut bad = false;
+/// The largest of the maxima of a row's blocks.
+pub(super) fn greatest(maxima: &[f32]) -> Result<f32, SampleError> {
     let mut best = f32::NEG_INFINITY;
-    for block in logits.chunks(BLOCK) {
-        let (lanes, rest) = block.as_chunks::<LANES>();
-        let mut max = [f32::NEG_INFINITY; LANES];
-        let mut nan = [0u32; LANES];
-        for lane in lanes {
-            for i in 0..LANES {
-                max[i] = if lane[i] > max[i] { lane[i] } else { max[i] };
-                nan[i] |= u32::from(lane[i].is_nan());
-            }
-        }
-        let mut top = max
-            .iter()
-            .fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
-        bad |= nan.iter().any(|&n| n != 0);
-        for &x in rest {
-            top = if x > top { x } else { top };
-            bad |= x.is_nan();
-        }
-        maxima.push(top);
-        best = if top > best { top } else { best };
+    let mut bad = false;
+    for &max in maxima {
+        bad |= max.is_nan();
+        best = if max > best { max } else { best };
     }
     if bad || best == f32::INFINITY {
         return Err(SampleError::NotFinite);

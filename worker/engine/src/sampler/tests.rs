@@ -1,9 +1,9 @@
 use proptest::prelude::*;
 use shoal_core::{NoiseKey, Sampling};
+use shoal_kernels::Isa;
+use shoal_kernels::logits::{BLOCK, block_maxima, exp_neg, total_weight};
 
-use super::math::exp_neg;
 use super::race::inverse;
-use super::truncate::total_weight;
 use super::*;
 
 /// Logits from a small generator, roughly normal with this deviation.
@@ -24,7 +24,12 @@ fn draw_with(logits: &mut [f32], sampling: &Sampling, position: u32) -> TokenId 
         masked: &[],
         position,
     };
-    Sampler::default().draw(logits, draw).unwrap()
+    let token = Sampler::default().draw(logits, &[], draw).unwrap();
+    let mut maxima = vec![0.0; logits.len().div_ceil(BLOCK)];
+    block_maxima(Isa::detect(), logits, &mut maxima);
+    let with_maxima = Sampler::default().draw(logits, &maxima, draw);
+    assert_eq!(with_maxima, Ok(token));
+    token
 }
 
 /// Tokens left by top-k, top-p and min-p with their weights, by the definition: sort, cut,
@@ -38,7 +43,7 @@ fn reference_kept(logits: &[f32], sampling: &Sampling) -> Vec<(TokenId, f32)> {
         .into_iter()
         .map(|(token, logit)| (token, exp_neg((logit - max) * scale)))
         .collect();
-    let mut total = total_weight(logits, max, scale);
+    let mut total = total_weight(Isa::detect(), logits, max, scale);
     if sampling.top_k > 0 {
         kept.truncate(sampling.top_k as usize);
         total = kept.iter().map(|&(_, w)| f64::from(w)).sum();
@@ -154,7 +159,7 @@ proptest! {
         let mut counts = Counts::new(&sampling, &prompt, early);
         late.iter().for_each(|&token| counts.push(token));
         let draw = Draw { sampling: &sampling, counts: &counts, masked: &masked, position: 0 };
-        let token = Sampler::default().draw(&mut row, draw).unwrap();
+        let token = Sampler::default().draw(&mut row, &[], draw).unwrap();
         let best = (0..80).rev().max_by(|&a, &b| expected[a].total_cmp(&expected[b])).unwrap();
         prop_assert_eq!(token as usize, best);
         prop_assert_eq!(row, before);
@@ -166,7 +171,7 @@ proptest! {
         let sum: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
         let exact = |token: usize| f64::from(row[token]) - sum.ln();
         let token = (seed % len as u64) as u32;
-        let got = Sampler::default().logprob(&row, token, top).unwrap();
+        let got = Sampler::default().logprob(&row, &[], token, top).unwrap();
         prop_assert!((f64::from(got.logprob.unwrap()) - exact(token as usize)).abs() < 2e-6);
         let mut order: Vec<usize> = (0..len).collect();
         order.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
@@ -319,23 +324,23 @@ fn unusable_logits_are_errors() {
             let mut row = logits(100, 1, 1.0);
             row[at] = f32::NAN;
             assert_eq!(
-                sampler.draw(&mut row, draw(&[])),
+                sampler.draw(&mut row, &[], draw(&[])),
                 Err(SampleError::NotFinite)
             );
             row[at] = f32::INFINITY;
             assert_eq!(
-                sampler.draw(&mut row, draw(&[])),
+                sampler.draw(&mut row, &[], draw(&[])),
                 Err(SampleError::NotFinite)
             );
             row[at] = f32::NEG_INFINITY;
             assert!(
                 sampler
-                    .draw(&mut row, draw(&[]))
+                    .draw(&mut row, &[], draw(&[]))
                     .is_ok_and(|t| t != at as u32)
             );
         }
         let mut row = vec![0.0; 2];
-        let error = sampler.draw(&mut row, draw(&[0, 1]));
+        let error = sampler.draw(&mut row, &[], draw(&[0, 1]));
         assert_eq!(error, Err(SampleError::NothingAllowed));
         assert_eq!(row, [0.0, 0.0]);
     }

@@ -1,10 +1,11 @@
 //! Top-k and top-p: the most likely tokens, by logit, the lowest id first where equal.
 
 use shoal_core::{Sampling, TokenId};
+use shoal_kernels::Isa;
+use shoal_kernels::logits::{BLOCK, exp_neg, total_weight};
 
-use super::math::{exp_neg, from_order_bits, order_bits};
+use super::math::{from_order_bits, order_bits};
 use super::race::inverse;
-use super::rows::{BLOCK, LANES};
 
 /// Candidates sorted at first; more only if their mass is not enough.
 const FIRST_SORTED: usize = 128;
@@ -50,7 +51,7 @@ impl Truncation {
         let weight = |logit: f32| exp_neg((logit - max) * scale);
         let kept = match sampling.top_k as usize {
             0 => {
-                let total = total_weight(logits, max, scale);
+                let total = total_weight(Isa::detect(), logits, max, scale);
                 // Tokens below this have together less mass than top-p leaves out.
                 let share = (1.0 - f64::from(sampling.top_p)) * total / logits.len() as f64;
                 let floor = max + (libm::log(share) / f64::from(scale)) as f32 - 1e-3;
@@ -147,25 +148,4 @@ fn nucleus(candidates: &mut [Candidate], weight: impl Fn(f32) -> f32, mass: f64)
         sorted += next;
     }
     sorted
-}
-
-/// The sum of `e^((logit - max) * scale)`: blocks of [`BLOCK`] by lanes in f32, then block by
-/// block in f64.
-pub(super) fn total_weight(logits: &[f32], max: f32, scale: f32) -> f64 {
-    let (blocks, rest) = logits.as_chunks::<BLOCK>();
-    let mut total = 0.0;
-    for block in blocks {
-        let mut sums = [0.0f32; LANES];
-        let (vectors, _) = block.as_chunks::<LANES>();
-        for vector in vectors {
-            for i in 0..LANES {
-                sums[i] += exp_neg((vector[i] - max) * scale);
-            }
-        }
-        total += f64::from(sums.iter().fold(0.0, |a, &b| a + b));
-    }
-    for &logit in rest {
-        total += f64::from(exp_neg((logit - max) * scale));
-    }
-    total
 }

@@ -6,44 +6,81 @@
 use std::ops::Range;
 
 use super::{MAX_QUERIES, PAGE, Pages, Query, SPAN, Scratch, longest, partial_width};
-use crate::math::exp;
+use crate::bf16::{Fused, Pairs};
+use crate::math::exp2;
 use crate::simd::{LANES, Lanes};
-
-/// The greatest score and the sum of the weights so far.
-type Softmax = (f32, f32);
 
 /// Queries whose sums fit in the registers.
 const ROWS: usize = 4;
+/// Vectors of scores in a page.
+const TILES: usize = PAGE / LANES;
 
-const NOTHING: Softmax = (f32::NEG_INFINITY, 0.0);
+/// For every query the greatest score and the sum of the weights.
+#[derive(Clone, Copy)]
+struct Softmax {
+    max: [f32; MAX_QUERIES],
+    sum: [f32; MAX_QUERIES],
+}
+
+impl Softmax {
+    const NOTHING: Self = Self {
+        max: [f32::NEG_INFINITY; MAX_QUERIES],
+        sum: [0.0; MAX_QUERIES],
+    };
+
+    /// Takes in a span; what the outputs so far, and that of the span, are to be multiplied with.
+    ///
+    /// # Safety
+    /// See [`Lanes`].
+    #[inline(always)]
+    unsafe fn merge<L: Lanes>(&mut self, span: &Self, n: usize) -> [[f32; MAX_QUERIES]; 2] {
+        let mut factors = [[0.0; MAX_QUERIES]; 2];
+        for i in (0..n).step_by(LANES) {
+            // SAFETY: whole vectors of the arrays.
+            unsafe {
+                let load = |x: &[f32; MAX_QUERIES]| L::load(x.as_ptr().add(i));
+                let (max, span_max) = (load(&self.max), load(&span.max));
+                let top = max.max(span_max);
+                let (old, new) = (exp2(max.sub(top)), exp2(span_max.sub(top)));
+                let sum = load(&span.sum).fma(new, load(&self.sum).mul(old));
+                top.store(self.max.as_mut_ptr().add(i));
+                sum.store(self.sum.as_mut_ptr().add(i));
+                old.store(factors[0].as_mut_ptr().add(i));
+                new.store(factors[1].as_mut_ptr().add(i));
+            }
+        }
+        factors
+    }
+}
 
 /// # Safety
 /// See [`Lanes`]; shapes as [`attend`] checks them.
 #[inline(always)]
-pub(super) unsafe fn whole<L: Lanes>(
+pub(super) unsafe fn whole<L: Lanes, P: Pairs<L>>(
     queries: &[Query<'_>],
     pages: Pages<'_>,
     scratch: &mut Scratch,
     out: &mut [f32],
 ) {
-    let hd = queries[0].q.len();
-    let mut running = [NOTHING; MAX_QUERIES];
+    let (n, hd) = (queries.len(), queries[0].head_dim());
+    let mut running = Softmax::NOTHING;
     for query in queries {
         out[query.out..query.out + hd].fill(0.0);
     }
     for index in 0..longest(queries).div_ceil(SPAN) {
         // SAFETY: the contract of this function.
         unsafe {
-            let spans = span::<L>(queries, pages, index, scratch);
+            let softmax = any_span::<L, P>(queries, pages, index, scratch);
+            let [old, new] = running.merge::<L>(&softmax, n);
             for (i, query) in queries.iter().enumerate() {
                 if query.len > index * SPAN {
                     let (o, total) = (row(&mut scratch.span, i, hd), out[query.out..].as_mut_ptr());
-                    running[i] = merge::<L>(running[i], spans[i], o, total, hd);
+                    add::<L>(total, old[i], o, new[i], hd);
                 }
             }
         }
     }
-    for (query, (_, sum)) in queries.iter().zip(running) {
+    for (query, sum) in queries.iter().zip(running.sum) {
         // SAFETY: the contract of this function.
         unsafe { divide::<L>(&mut out[query.out..query.out + hd], sum) };
     }
@@ -52,20 +89,20 @@ pub(super) unsafe fn whole<L: Lanes>(
 /// # Safety
 /// See [`Lanes`]; shapes as [`attend_spans`] checks them.
 #[inline(always)]
-pub(super) unsafe fn some<L: Lanes>(
+pub(super) unsafe fn some<L: Lanes, P: Pairs<L>>(
     queries: &[Query<'_>],
     pages: Pages<'_>,
     spans: Range<usize>,
     scratch: &mut Scratch,
     partials: &mut [f32],
 ) {
-    let hd = queries[0].q.len();
+    let hd = queries[0].head_dim();
     let mut partials = partials.chunks_exact_mut(partial_width(hd));
     for index in spans {
         // SAFETY: the contract of this function.
-        let softmax = unsafe { span::<L>(queries, pages, index, scratch) };
-        let rows = scratch.span.chunks_exact(hd).zip(softmax);
-        for ((o, (max, sum)), partial) in rows.zip(partials.by_ref().take(queries.len())) {
+        let Softmax { max, sum } = unsafe { any_span::<L, P>(queries, pages, index, scratch) };
+        let rows = scratch.span.chunks_exact(hd).zip(max.iter().zip(&sum));
+        for ((o, (&max, &sum)), partial) in rows.zip(partials.by_ref().take(queries.len())) {
             partial[..hd].copy_from_slice(o);
             (partial[hd], partial[hd + 1]) = (max, sum);
         }
@@ -76,22 +113,47 @@ pub(super) unsafe fn some<L: Lanes>(
 /// See [`Lanes`]; shapes as [`merge_spans`] checks them.
 #[inline(always)]
 pub(super) unsafe fn merged<L: Lanes>(queries: &[Query<'_>], partials: &[f32], out: &mut [f32]) {
-    let hd = queries[0].q.len();
+    let (n, hd) = (queries.len(), queries[0].head_dim());
     let width = partial_width(hd);
-    for (i, query) in queries.iter().enumerate() {
-        let out = &mut out[query.out..query.out + hd];
-        out.fill(0.0);
-        let mut running = NOTHING;
-        for index in 0..query.len.div_ceil(SPAN) {
-            let partial = &partials[(index * queries.len() + i) * width..][..width];
-            let softmax = (partial[hd], partial[hd + 1]);
-            // SAFETY: the contract of this function.
-            unsafe {
-                running = merge::<L>(running, softmax, partial.as_ptr(), out.as_mut_ptr(), hd);
+    let mut running = Softmax::NOTHING;
+    for query in queries {
+        out[query.out..query.out + hd].fill(0.0);
+    }
+    for (index, partials) in partials.chunks_exact(n * width).enumerate() {
+        let mut softmax = Softmax::NOTHING;
+        for (i, partial) in partials.chunks_exact(width).enumerate() {
+            (softmax.max[i], softmax.sum[i]) = (partial[hd], partial[hd + 1]);
+        }
+        // SAFETY: the contract of this function.
+        unsafe {
+            let [old, new] = running.merge::<L>(&softmax, n);
+            for (i, query) in queries.iter().enumerate() {
+                if query.len > index * SPAN {
+                    let (o, total) = (&partials[i * width..], out[query.out..].as_mut_ptr());
+                    add::<L>(total, old[i], o.as_ptr(), new[i], hd);
+                }
             }
         }
+    }
+    for (query, sum) in queries.iter().zip(running.sum) {
         // SAFETY: as above.
-        unsafe { divide::<L>(out, running.1) };
+        unsafe { divide::<L>(&mut out[query.out..query.out + hd], sum) };
+    }
+}
+
+/// `total = total * old + span * new`.
+///
+/// # Safety
+/// See [`Lanes`]; both stand for `hd` elements, whole lanes.
+#[inline(always)]
+unsafe fn add<L: Lanes>(total: *mut f32, old: f32, span: *const f32, new: f32, hd: usize) {
+    // SAFETY: the contract of this function.
+    unsafe {
+        let (old, new) = (L::splat(old), L::splat(new));
+        for d in (0..hd).step_by(LANES) {
+            let merged = L::load(span.add(d)).fma(new, L::load(total.add(d)).mul(old));
+            merged.store(total.add(d));
+        }
     }
 }
 
@@ -108,19 +170,42 @@ unsafe fn divide<L: Lanes>(out: &mut [f32], sum: f32) {
     }
 }
 
-/// Attends to one span; the weighted sums are in `scratch.span`. What it says of queries that
-/// do not reach the span is of no meaning.
+/// [`span`] with the pairs that suit the number of queries; both give the same bits. Few queries
+/// wait for memory: the instruction would only run into what has been asked for and has not come
+/// yet, and keep the core from asking for more.
 ///
 /// # Safety
-/// See [`Lanes`]; shapes as [`attend`] checks them.
+/// As [`span`].
 #[inline(always)]
-unsafe fn span<L: Lanes>(
+unsafe fn any_span<L: Lanes, P: Pairs<L>>(
     queries: &[Query<'_>],
     pages: Pages<'_>,
     index: usize,
     scratch: &mut Scratch,
-) -> [Softmax; MAX_QUERIES] {
-    let (n, hd, start) = (queries.len(), queries[0].q.len(), index * SPAN);
+) -> Softmax {
+    // SAFETY: the contract of this function.
+    unsafe {
+        if queries.len() > ROWS {
+            span::<L, P>(queries, pages, index, scratch)
+        } else {
+            span::<L, Fused>(queries, pages, index, scratch)
+        }
+    }
+}
+
+/// Attends to one span; the weighted sums are in `scratch.span`. Queries that do not reach the
+/// span have no weights, and sums of no meaning.
+///
+/// # Safety
+/// See [`Lanes`]; shapes as [`attend`] checks them.
+#[inline(always)]
+unsafe fn span<L: Lanes, P: Pairs<L>>(
+    queries: &[Query<'_>],
+    pages: Pages<'_>,
+    index: usize,
+    scratch: &mut Scratch,
+) -> Softmax {
+    let (n, hd, start) = (queries.len(), queries[0].head_dim(), index * SPAN);
     let last = longest(queries).div_ceil(PAGE);
     let page = |i: usize| pages.page((start / PAGE + i).min(last - 1), hd);
     let pages: [*const u32; SPAN / PAGE] = std::array::from_fn(page);
@@ -129,95 +214,113 @@ unsafe fn span<L: Lanes>(
     for (len, query) in lens.iter_mut().zip(queries) {
         *len = query.len.saturating_sub(start).min(SPAN);
     }
-    let mut spans = [NOTHING; MAX_QUERIES];
+    let mut softmax = Softmax::NOTHING;
     // SAFETY: the contract of this function; rows i..i+r are within `n`.
     unsafe {
         for i in (0..n).step_by(ROWS) {
             let (queries, lens) = (&queries[i..], &lens[i..]);
             let s = row(&mut scratch.scores, i, SPAN);
             match n - i {
-                1 => scores::<L, 1>(queries, &pages, lens, hd, s),
-                2 => scores::<L, 2>(queries, &pages, lens, hd, s),
-                3 => scores::<L, 3>(queries, &pages, lens, hd, s),
-                _ => scores::<L, ROWS>(queries, &pages, lens, hd, s),
+                1 => scores::<L, P, 1>(queries, &pages, lens, hd, s),
+                2 => scores::<L, P, 2>(queries, &pages, lens, hd, s),
+                3 => scores::<L, P, 3>(queries, &pages, lens, hd, s),
+                _ => scores::<L, P, ROWS>(queries, &pages, lens, hd, s),
             }
         }
         for i in 0..n {
+            let (s, w) = (
+                row(&mut scratch.scores, i, SPAN),
+                row(&mut scratch.weights, i, SPAN / 2),
+            );
             if lens[i] > 0 {
-                spans[i] = softmax::<L>(row(&mut scratch.scores, i, SPAN), lens[i]);
+                (softmax.max[i], softmax.sum[i]) = weights::<L>(s, lens[i], w);
             }
         }
         for i in (0..n).step_by(ROWS) {
             let lens = &lens[i..];
-            let (p, o) = (
-                row(&mut scratch.scores, i, SPAN),
+            let (w, o) = (
+                row(&mut scratch.weights, i, SPAN / 2),
                 row(&mut scratch.span, i, hd),
             );
             match n - i {
-                1 => weighted::<L, 1>(p, (&pages, &next), lens, hd, o),
-                2 => weighted::<L, 2>(p, (&pages, &next), lens, hd, o),
-                3 => weighted::<L, 3>(p, (&pages, &next), lens, hd, o),
-                _ => weighted::<L, ROWS>(p, (&pages, &next), lens, hd, o),
+                1 => weighted::<L, P, 1>(w, (&pages, &next), lens, hd, o),
+                2 => weighted::<L, P, 2>(w, (&pages, &next), lens, hd, o),
+                3 => weighted::<L, P, 3>(w, (&pages, &next), lens, hd, o),
+                _ => weighted::<L, P, ROWS>(w, (&pages, &next), lens, hd, o),
             }
         }
     }
-    spans
+    softmax
 }
 
 /// Row `i` of a matrix of `width` columns.
 #[inline(always)]
-fn row(matrix: &mut [f32], i: usize, width: usize) -> *mut f32 {
+fn row<T>(matrix: &mut [T], i: usize, width: usize) -> *mut T {
     matrix[i * width..].as_mut_ptr()
 }
 
-/// `out[r][t] = q[r] · k[t]`, summed over the dims in ascending order, for whole pages. Each
-/// line of keys asks for the line of values at its place.
+/// `out[r][t] = q[r] · k[t]`, summed over the pairs of dims in ascending order, for whole pages.
 #[inline(always)]
-unsafe fn scores<L: Lanes, const R: usize>(
+unsafe fn scores<L: Lanes, P: Pairs<L>, const R: usize>(
     queries: &[Query<'_>],
     pages: &[*const u32; SPAN / PAGE],
     lens: &[usize],
     hd: usize,
     out: *mut f32,
 ) {
-    const TILES: usize = PAGE / LANES;
     let len = lens[..R].iter().copied().max().unwrap_or(0);
     let mut q = [std::ptr::null(); R];
     for (q, query) in q.iter_mut().zip(queries) {
         *q = query.q.as_ptr();
     }
     let tile = hd / 2 * LANES;
-    // SAFETY: `queries[r].q` has `hd` elements, a page `PAGE * hd` words, `out` R·SPAN.
+    // SAFETY: `queries[r].q` has `hd / 2` words, a page `PAGE * hd`, `out` R·SPAN.
     unsafe {
+        if P::WIDE && len > PAGE {
+            let tiles = [pages[0], pages[0].add(tile), pages[1], pages[1].add(tile)];
+            return tiles_of::<L, P, R, { 2 * TILES }>(q, tiles, hd, out);
+        }
         for (page, &keys) in pages[..len.div_ceil(PAGE)].iter().enumerate() {
-            let mut acc = [[L::splat(0.0); R]; TILES];
-            for d in 0..hd / 2 {
-                for (t, acc) in acc.iter_mut().enumerate() {
-                    let line = keys.add(t * tile + d * LANES);
-                    L::prefetch(line.add(TILES * tile).cast());
-                    let (even, odd) = L::bf16_pairs(line);
-                    for r in 0..R {
-                        acc[r] = even.fma(L::splat(*q[r].add(2 * d)), acc[r]);
-                    }
-                    for r in 0..R {
-                        acc[r] = odd.fma(L::splat(*q[r].add(2 * d + 1)), acc[r]);
-                    }
+            let tiles = [keys, keys.add(tile)];
+            tiles_of::<L, P, R, TILES>(q, tiles, hd, out.add(page * PAGE));
+        }
+    }
+}
+
+/// The scores of vectors of tokens. Each line of keys asks for the line of values at its place.
+#[inline(always)]
+unsafe fn tiles_of<L: Lanes, P: Pairs<L>, const R: usize, const T: usize>(
+    q: [*const u32; R],
+    tiles: [*const u32; T],
+    hd: usize,
+    out: *mut f32,
+) {
+    // SAFETY: as `scores`.
+    unsafe {
+        let mut acc = [[L::splat(0.0); R]; T];
+        for d in 0..hd / 2 {
+            for (acc, tile) in acc.iter_mut().zip(tiles) {
+                let line = tile.add(d * LANES);
+                L::prefetch(line.wrapping_add(PAGE * hd / 2).cast());
+                let words = P::load(line);
+                for r in 0..R {
+                    acc[r] = P::dot(acc[r], words, *q[r].add(d));
                 }
             }
-            for (t, acc) in acc.iter().enumerate() {
-                for r in 0..R {
-                    acc[r].store(out.add(r * SPAN + page * PAGE + t * LANES));
-                }
+        }
+        for (t, acc) in acc.iter().enumerate() {
+            for r in 0..R {
+                acc[r].store(out.add(r * SPAN + t * LANES));
             }
         }
     }
 }
 
-/// Turns the first `len` scores of a span into weights exp(s - max), the others into zeros.
-/// Returns the maximum and the sum of the weights.
+/// Turns the first `len` scores of a span into weights 2^(s - max), the others into zeros, as
+/// pairs. Returns the maximum and the sum of the weights.
 #[inline(always)]
-unsafe fn softmax<L: Lanes>(scores: *mut f32, len: usize) -> Softmax {
-    // SAFETY: `scores` has SPAN elements.
+unsafe fn weights<L: Lanes>(scores: *const f32, len: usize, out: *mut u32) -> (f32, f32) {
+    // SAFETY: `scores` has SPAN elements, `out` a word for every two.
     unsafe {
         let mut s = [L::splat(0.0); SPAN / LANES];
         for (j, s) in s.iter_mut().enumerate() {
@@ -226,20 +329,20 @@ unsafe fn softmax<L: Lanes>(scores: *mut f32, len: usize) -> Softmax {
         let max = s[0].max(s[1]).max(s[2].max(s[3])).maximum();
         let base = L::splat(max);
         for (j, s) in s.iter_mut().enumerate() {
-            *s = exp(s.sub(base));
-            s.store(scores.add(j * LANES));
+            *s = exp2(s.sub(base));
+            s.store_bf16(out.cast::<u16>().add(j * LANES));
         }
         let sum = s[0].add(s[1]).add(s[2].add(s[3])).sum();
         (max, sum)
     }
 }
 
-/// `out[r] = Σ p[r][t] v[t]` over the tokens in ascending order. Tokens beyond a row's own
-/// length have weight zero and leave its sum as it is. Each line of values asks for the line of
-/// the next span's keys at its place.
+/// `out[r] = Σ w[r][t] v[t]` over the pairs of tokens in ascending order. Tokens beyond a row's
+/// own length have weight zero and leave its sum as it is. Each line of values asks for the line
+/// of the next span's keys at its place.
 #[inline(always)]
-unsafe fn weighted<L: Lanes, const R: usize>(
-    p: *const f32,
+unsafe fn weighted<L: Lanes, P: Pairs<L>, const R: usize>(
+    w: *const u32,
     pages: (&[*const u32; SPAN / PAGE], &[*const u32; SPAN / PAGE]),
     lens: &[usize],
     hd: usize,
@@ -247,22 +350,22 @@ unsafe fn weighted<L: Lanes, const R: usize>(
 ) {
     let len = lens[..R].iter().copied().max().unwrap_or(0);
     let mut d = 0;
-    // SAFETY: a page has `PAGE * hd` words, `p` R·SPAN elements and `out` R·hd.
+    // SAFETY: a page has `PAGE * hd` words, `w` R·SPAN/2 and `out` R·hd elements.
     unsafe {
         while d + 4 * LANES <= hd {
-            weighted_part::<L, R, 4>(p, pages, len, hd, d, out);
+            weighted_part::<L, P, R, 4>(w, pages, len, hd, d, out);
             d += 4 * LANES;
         }
         while d < hd {
-            weighted_part::<L, R, 1>(p, pages, len, hd, d, out);
+            weighted_part::<L, P, R, 1>(w, pages, len, hd, d, out);
             d += LANES;
         }
     }
 }
 
 #[inline(always)]
-unsafe fn weighted_part<L: Lanes, const R: usize, const C: usize>(
-    p: *const f32,
+unsafe fn weighted_part<L: Lanes, P: Pairs<L>, const R: usize, const C: usize>(
+    w: *const u32,
     (pages, next): (&[*const u32; SPAN / PAGE], &[*const u32; SPAN / PAGE]),
     len: usize,
     hd: usize,
@@ -278,11 +381,9 @@ unsafe fn weighted_part<L: Lanes, const R: usize, const C: usize>(
             let later = next[page].add(inner * hd + d);
             for c in 0..C {
                 L::prefetch(later.add(c * LANES).cast());
-                let (first, second) = L::bf16_pairs(values.add(c * LANES));
+                let words = P::load(values.add(c * LANES));
                 for r in 0..R {
-                    let weight = p.add(r * SPAN + 2 * pair);
-                    acc[r][c] = first.fma(L::splat(*weight), acc[r][c]);
-                    acc[r][c] = second.fma(L::splat(*weight.add(1)), acc[r][c]);
+                    acc[r][c] = P::dot(acc[r][c], words, *w.add(r * (SPAN / 2) + pair));
                 }
             }
         }
@@ -291,30 +392,5 @@ unsafe fn weighted_part<L: Lanes, const R: usize, const C: usize>(
                 acc[r][c].store(out.add(r * hd + d + c * LANES));
             }
         }
-    }
-}
-
-/// Merges a span's (maximum, sum, output) into the running ones.
-#[inline(always)]
-unsafe fn merge<L: Lanes>(
-    (max, sum): Softmax,
-    (span_max, span_sum): Softmax,
-    span: *const f32,
-    total: *mut f32,
-    hd: usize,
-) -> Softmax {
-    // SAFETY: both stand for `hd` elements.
-    unsafe {
-        let top = if span_max > max { span_max } else { max };
-        let mut scales = [0.0f32; LANES];
-        scales[0] = max - top;
-        scales[1] = span_max - top;
-        exp(L::load(scales.as_ptr())).store(scales.as_mut_ptr());
-        let (old, new) = (L::splat(scales[0]), L::splat(scales[1]));
-        for d in (0..hd).step_by(LANES) {
-            let merged = L::load(span.add(d)).fma(new, L::load(total.add(d)).mul(old));
-            merged.store(total.add(d));
-        }
-        (top, span_sum.mul_add(scales[1], sum * scales[0]))
     }
 }

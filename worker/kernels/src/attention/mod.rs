@@ -7,8 +7,10 @@
 //!
 //! A query attends span by span, [`SPAN`] tokens each: scores, their maximum, weights, the
 //! weighted sum of the values; spans are merged in ascending order by log-sum-exp (Rabe and
-//! Staats 2021). Every sum runs in one fixed order that depends on the query's own length
-//! only, so batching, chunking and page placement change no bit.
+//! Staats 2021). Queries and weights are rounded to bf16 as keys and values are, so that a
+//! product of pairs is one instruction where there is one. Every sum runs in one fixed order
+//! that depends on the query's own length only, so batching, chunking and page placement
+//! change no bit.
 
 mod kernel;
 #[cfg(test)]
@@ -19,7 +21,8 @@ use std::ops::Range;
 use kernel::{merged, some, whole};
 
 use crate::Isa;
-use crate::simd::{LANES, dispatch};
+use crate::bf16::{bf16, dispatch_pairs, pairs};
+use crate::simd::{LANES, Lanes, dispatch};
 
 /// Tokens in a page.
 pub const PAGE: usize = 32;
@@ -33,22 +36,36 @@ pub(crate) const fn page_words(head_dim: usize) -> usize {
     PAGE * head_dim
 }
 
-/// bf16 by round-to-nearest-even; NaN stays NaN.
-#[inline]
-fn bf16(x: f32) -> u32 {
-    u32::from(half::bf16::from_f32(x).to_bits())
+/// What a query is multiplied with, so that weights are powers of two of the scores.
+pub(crate) fn query_scale(head_dim: usize) -> f32 {
+    std::f32::consts::LOG2_E / (head_dim as f32).sqrt()
+}
+
+/// Makes a rotated query head ready to attend with.
+///
+/// # Panics
+/// When the lengths do not fit.
+pub(crate) fn prepare_query(isa: Isa, query: &mut [f32], out: &mut [u32]) {
+    let scale = query_scale(query.len());
+    query.iter_mut().for_each(|x| *x *= scale);
+    pairs(isa, query, out);
 }
 
 /// Stores the key of one token at `offset` of the keys of a page.
 ///
 /// # Panics
 /// When the slices are not of the page's shape.
-pub(crate) fn append_key(keys: &mut [u32], offset: usize, key: &[f32]) {
+pub(crate) fn append_key(isa: Isa, keys: &mut [u32], offset: usize, key: &[f32]) {
     let hd = key.len();
     assert!(keys.len() == page_words(hd) / 2 && offset < PAGE);
     let start = offset / LANES * (hd / 2 * LANES) + offset % LANES;
-    for (i, pair) in key.chunks_exact(2).enumerate() {
-        keys[start + i * LANES] = bf16(pair[0]) | bf16(pair[1]) << 16;
+    let mut words = [0; LANES];
+    for (i, key) in key.chunks(2 * LANES).enumerate() {
+        let words = &mut words[..key.len() / 2];
+        pairs(isa, key, words);
+        for (j, &word) in words.iter().enumerate() {
+            keys[start + (i * LANES + j) * LANES] = word;
+        }
     }
 }
 
@@ -57,17 +74,26 @@ pub(crate) fn append_key(keys: &mut [u32], offset: usize, key: &[f32]) {
 ///
 /// # Panics
 /// When the slices are not of the page's shape.
-pub(crate) fn append_value(values: &mut [u32], offset: usize, value: &[f32]) {
+pub(crate) fn append_value(isa: Isa, values: &mut [u32], offset: usize, value: &[f32]) {
     let hd = value.len();
     assert!(values.len() == page_words(hd) / 2 && offset < PAGE);
     let words = &mut values[offset / 2 * hd..][..hd];
-    if offset.is_multiple_of(2) {
+    let second = !offset.is_multiple_of(2);
+    // SAFETY: the kernel needs the features alone.
+    dispatch!(isa, put_value::<_>(words: &mut [u32], value: &[f32], second: bool));
+}
+
+/// # Safety
+/// See [`Lanes`].
+#[inline(always)]
+unsafe fn put_value<L: Lanes>(words: &mut [u32], value: &[f32], second: bool) {
+    if second {
         for (word, &v) in words.iter_mut().zip(value) {
-            *word = bf16(v);
+            *word = (*word & 0xffff) | bf16(v) << 16;
         }
     } else {
         for (word, &v) in words.iter_mut().zip(value) {
-            *word = (*word & 0xffff) | bf16(v) << 16;
+            *word = bf16(v);
         }
     }
 }
@@ -75,12 +101,18 @@ pub(crate) fn append_value(values: &mut [u32], offset: usize, value: &[f32]) {
 /// One query head of one row.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Query<'a> {
-    /// The rotated query, already times 1/sqrt(head_dim).
-    pub(crate) q: &'a [f32],
+    /// What [`prepare_query`] made of it.
+    pub(crate) q: &'a [u32],
     /// Tokens it sees: its position + 1.
     pub(crate) len: usize,
     /// Where its result begins.
     pub(crate) out: usize,
+}
+
+impl Query<'_> {
+    fn head_dim(&self) -> usize {
+        2 * self.q.len()
+    }
 }
 
 /// The pages of a sequence for one key–value head.
@@ -115,6 +147,8 @@ impl Pages<'_> {
 /// Room for the intermediate results of one call.
 pub(crate) struct Scratch {
     scores: Vec<f32>,
+    /// Pairs of the weights that the scores become.
+    weights: Vec<u32>,
     span: Vec<f32>,
 }
 
@@ -123,16 +157,17 @@ impl Scratch {
     pub(crate) fn new(head_dim: usize) -> Self {
         Self {
             scores: vec![0.0; MAX_QUERIES * SPAN],
+            weights: vec![0; MAX_QUERIES * SPAN / 2],
             span: vec![0.0; MAX_QUERIES * head_dim],
         }
     }
 }
 
 fn check(queries: &[Query<'_>], pages: Pages<'_>, scratch: &Scratch) {
-    let hd = queries[0].q.len();
+    let hd = queries[0].head_dim();
     assert!(queries.len() <= MAX_QUERIES && hd.is_multiple_of(LANES));
     assert!(scratch.span.len() >= queries.len() * hd);
-    assert!(queries.iter().all(|q| q.q.len() == hd && q.len > 0));
+    assert!(queries.iter().all(|q| q.head_dim() == hd && q.len > 0));
     assert!(pages.hold(longest(queries), hd));
 }
 
@@ -141,7 +176,7 @@ fn longest(queries: &[Query<'_>]) -> usize {
 }
 
 fn check_out(queries: &[Query<'_>], out: &[f32]) {
-    let hd = queries[0].q.len();
+    let hd = queries[0].head_dim();
     assert!(
         queries
             .iter()
@@ -163,7 +198,7 @@ pub(crate) fn attend(
     check(queries, pages, scratch);
     check_out(queries, out);
     // SAFETY: every shape that the kernel relies on was checked above.
-    dispatch!(isa, whole::<_>(
+    dispatch_pairs!(isa, whole(
         queries: &[Query<'_>], pages: Pages<'_>, scratch: &mut Scratch, out: &mut [f32],
     ));
 }
@@ -187,11 +222,11 @@ pub(crate) fn attend_spans(
     partials: &mut [f32],
 ) {
     check(queries, pages, scratch);
-    let width = partial_width(queries[0].q.len());
+    let width = partial_width(queries[0].head_dim());
     assert!(spans.end <= longest(queries).div_ceil(SPAN));
     assert_eq!(partials.len(), spans.len() * queries.len() * width);
     // SAFETY: every shape that the kernel relies on was checked above.
-    dispatch!(isa, some::<_>(
+    dispatch_pairs!(isa, some(
         queries: &[Query<'_>], pages: Pages<'_>, spans: Range<usize>, scratch: &mut Scratch,
         partials: &mut [f32],
     ));
@@ -203,7 +238,7 @@ pub(crate) fn attend_spans(
 /// As [`attend`].
 pub(crate) fn merge_spans(isa: Isa, queries: &[Query<'_>], partials: &[f32], out: &mut [f32]) {
     check_out(queries, out);
-    let width = partial_width(queries[0].q.len());
+    let width = partial_width(queries[0].head_dim());
     let spans = longest(queries).div_ceil(SPAN);
     assert_eq!(partials.len(), spans * queries.len() * width);
     // SAFETY: every shape that the kernel relies on was checked above.

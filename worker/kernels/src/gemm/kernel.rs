@@ -7,6 +7,9 @@ use super::Task;
 use super::dot::{Dot, Part};
 use crate::pack::{Format, STRIP};
 
+/// Tiles to ask for ahead of the one in use, where the next strip is too far.
+const AHEAD: usize = 4;
+
 /// Runs `$strip::<L, …, M>($args)` with the count of rows as a constant and stores the sums.
 macro_rules! by_rows {
     ($task:ident, $L:ident, |$strip:ident, $row:ident, $M:ident| $sums:expr) => {
@@ -84,10 +87,14 @@ unsafe fn quant_strip<
         let mut sums = [L::splat(0.0); M];
         for tile in strip.chunks_exact(head + V * 64) {
             let tile = tile.as_ptr();
-            if 2 * M > V {
-                for line in (0..head + V * 64).step_by(64) {
-                    L::prefetch(tile.wrapping_add(strip.len() + line));
-                }
+            // Many rows take long enough for the next strip to come from memory; with few, the
+            // machine's own prefetching is at work on this one and wants help only.
+            let ahead = match 2 * M > V {
+                true => strip.len(),
+                false => AHEAD * (head + V * 64),
+            };
+            for line in (0..head + V * 64).step_by(64) {
+                L::prefetch(tile.wrapping_add(ahead + line));
             }
             let scales = L::f16(tile);
             let second = if MIN || HALVES {

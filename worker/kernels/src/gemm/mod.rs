@@ -20,6 +20,7 @@ use std::ops::Range;
 pub use gated::gated;
 
 use crate::Isa;
+use crate::logits::{BLOCK, tile_maxima};
 use crate::pack::{Format, Layout, STRIP};
 use crate::pool::Scatter;
 use crate::quant::Activations;
@@ -31,6 +32,9 @@ pub(crate) const ROW_BLOCK: usize = 128;
 
 /// Bytes of weights in a task: a microsecond or so of reading.
 const TASK_BYTES: usize = 32 * 1024;
+
+/// Least items for a thread, where there are strips enough.
+const ITEMS: usize = 4;
 
 /// Where a packed matrix lies.
 #[derive(Clone, Copy, Debug)]
@@ -161,14 +165,76 @@ pub fn multiply_into(
     stride: usize,
     write: Write,
 ) {
+    products(
+        team,
+        linear,
+        acts,
+        rows,
+        (out, stride, write),
+        1,
+        |_, _, _| {},
+    );
+}
+
+/// [`multiply`] for logits, with the greatest of each [`BLOCK`] of a row: that of block j of
+/// row i is `maxima[i * ceil(n / BLOCK) + j]`.
+///
+/// # Panics
+/// When the shapes or the precision do not fit, or the map is no single matrix.
+pub fn logits(
+    team: &mut Team,
+    linear: Linear<'_>,
+    acts: &Activations,
+    rows: usize,
+    out: &mut [f32],
+    maxima: &mut [f32],
+) {
+    let (width, isa) = (linear.n(), team.isa);
+    let blocks = width.div_ceil(BLOCK);
+    assert!(linear.parts.len() == 1 && out.len() >= rows * width);
+    assert!(maxima.len() >= rows * blocks);
+    let maxima = Scatter::new(maxima);
+    let to = (out, width, Write::Set);
+    let unit = BLOCK / STRIP;
+    products(team, linear, acts, rows, to, unit, |rows, columns, out| {
+        let first = (
+            rows.start * width + columns.start,
+            rows.start * blocks + columns.start / BLOCK,
+        );
+        // SAFETY: the item has just written these outputs, and it alone has their blocks.
+        unsafe {
+            let (x, maxima) = (out.at(first.0).cast_const(), maxima.at(first.1));
+            tile_maxima(
+                isa,
+                (x, width),
+                (rows.len(), columns.len()),
+                (maxima, blocks),
+            );
+        }
+    });
+}
+
+/// The products, in items of a multiple of `unit` strips. Calls `then(rows, columns, out)` once
+/// the outputs of an item are there.
+fn products(
+    team: &mut Team,
+    linear: Linear<'_>,
+    acts: &Activations,
+    rows: usize,
+    (out, stride, write): (&mut [f32], usize, Write),
+    unit: usize,
+    then: impl Fn(Range<usize>, Range<usize>, &Scatter<f32>) + Sync,
+) {
     let (isa, threads) = (team.isa, team.threads());
     assert!(linear.takes(acts, rows) && linear.n() <= stride && out.len() >= rows * stride);
-    let chunk = |layout: &Layout| {
-        let fair = layout.strips().div_ceil(4 * threads);
-        (TASK_BYTES / layout.strip_bytes()).clamp(1, fair)
+    // As many items for every thread, of equal size as far as units allow.
+    let units = |part: &Placed| part.layout.strips().div_ceil(unit);
+    let items = |part: &Placed| {
+        let most = (TASK_BYTES / (unit * part.layout.strip_bytes())).max(1);
+        let each = units(part).div_ceil(threads).div_ceil(most).max(ITEMS);
+        units(part).min(threads * each)
     };
-    let chunks = |part: &Placed| part.layout.strips().div_ceil(chunk(&part.layout));
-    let per_block: usize = linear.parts.iter().map(chunks).sum();
+    let per_block: usize = linear.parts.iter().map(items).sum();
     let out = Scatter::new(out);
     team.pool
         .phase(per_block * rows.div_ceil(ROW_BLOCK), |item| {
@@ -176,20 +242,21 @@ pub fn multiply_into(
             let rows = block * ROW_BLOCK..rows.min((block + 1) * ROW_BLOCK);
             let mut first = 0;
             for part in linear.parts {
-                let n = part.layout.n();
-                if item < chunks(part) {
-                    let chunk = chunk(&part.layout) * STRIP;
-                    let columns = first + item * chunk..first + n.min((item + 1) * chunk);
-                    let out = Outputs {
+                let (n, items) = (part.layout.n(), items(part));
+                if item < items {
+                    let border = |item| first + n.min(item * units(part) / items * unit * STRIP);
+                    let columns = border(item)..border(item + 1);
+                    let to = Outputs {
                         start: out.at(rows.start * stride + columns.start),
                         stride,
                         write,
                     };
                     // SAFETY: items have disjoint outputs inside `out`, and the shapes fit.
-                    unsafe { linear.columns(isa, columns, acts, rows, out) };
+                    unsafe { linear.columns(isa, columns.clone(), acts, rows.clone(), to) };
+                    then(rows, columns, &out);
                     return;
                 }
-                item -= chunks(part);
+                item -= items;
                 first += n;
             }
         });

@@ -11,11 +11,11 @@ pub use plan::{Plan, Run};
 use crate::arena::Arena;
 use crate::attention::{
     MAX_QUERIES, Pages, Query, append_key, append_value, attend, attend_spans, merge_spans,
-    page_words, partial_width,
+    page_words, partial_width, prepare_query,
 };
 use crate::gemm::{Linear, Outputs, ROW_BLOCK, Write};
 use crate::pool::Scatter;
-use crate::quant::Activations;
+use crate::quant::{Activations, GROUP};
 use crate::simd::LANES;
 use crate::team::Team;
 
@@ -74,8 +74,8 @@ impl KvPool {
 
     /// Projects rows to queries, keys and values: passes each head of each row through
     /// `each(row, head, values)`, heads numbered q first, then k, then v, which may add a bias,
-    /// normalise and rotate in place; stores keys and values in their pages and queries in
-    /// `queries[row * q * dim + head * dim]`.
+    /// normalise and rotate in place; stores keys and values in their pages and queries, ready
+    /// to attend with, in `queries[(row * q + head) * dim / 2]`.
     ///
     /// # Panics
     /// When the shapes do not fit, or a page is not of the pool.
@@ -85,17 +85,20 @@ impl KvPool {
         layer: usize,
         plan: &Plan,
         (linear, acts): (Linear<'_>, &Activations),
-        queries: &mut [f32],
+        queries: &mut [u32],
         each: &(dyn Fn(usize, usize, &mut [f32]) + Sync),
     ) {
         let (Heads { q, kv, dim }, rows, isa) = (self.heads, plan.rows(), team.isa);
         let (words, pages) = (page_words(dim), self.pages);
         assert!(linear.n() == self.heads.qkv() && linear.takes(acts, rows));
-        assert!(plan.heads() == self.heads && queries.len() >= rows * q * dim);
+        assert!(plan.heads() == self.heads && 2 * queries.len() >= rows * q * dim);
         assert!(plan.slots.iter().all(|&(page, _)| page < pages));
         let store = Scatter::new(self.layer_mut(layer));
         let queries = Scatter::new(queries);
-        let blocks = rows.div_ceil(ROW_BLOCK);
+        // Many rows are two blocks at least, for the threads to have even shares.
+        let block = rows.div_ceil(2).next_multiple_of(GROUP);
+        let block = block.clamp(2 * GROUP, ROW_BLOCK);
+        let blocks = rows.div_ceil(block);
         // Two tokens share a word of values, so one item stores all values of a head, in order.
         let items = kv + blocks * (q + kv);
         team.pool
@@ -103,8 +106,8 @@ impl KvPool {
                 let (head, rows) = match item.checked_sub(kv) {
                     None => (q + kv + item, 0..rows),
                     Some(item) => {
-                        let first = item % blocks * ROW_BLOCK;
-                        (item / blocks, first..rows.min(first + ROW_BLOCK))
+                        let first = item % blocks * block;
+                        (item / blocks, first..rows.min(first + block))
                     }
                 };
                 for first in rows.clone().step_by(ROW_BLOCK) {
@@ -123,8 +126,9 @@ impl KvPool {
                         each(row, head, values);
                         if head < q {
                             // SAFETY: an item has its own rows and head.
-                            let query = unsafe { queries.part((row * q + head) * dim, dim) };
-                            query.copy_from_slice(values);
+                            let query =
+                                unsafe { queries.part((row * q + head) * dim / 2, dim / 2) };
+                            prepare_query(isa, values, query);
                             continue;
                         }
                         let (page, offset) = plan.slots[row];
@@ -134,9 +138,9 @@ impl KvPool {
                         // its own rows, or all values of its head.
                         unsafe {
                             if head < q + kv {
-                                append_key(store.part(at, half), offset, values);
+                                append_key(isa, store.part(at, half), offset, values);
                             } else {
-                                append_value(store.part(at + half, half), offset, values);
+                                append_value(isa, store.part(at + half, half), offset, values);
                             }
                         }
                     }
@@ -153,12 +157,12 @@ impl KvPool {
         team: &mut Team,
         layer: usize,
         plan: &mut Plan,
-        queries: &[f32],
+        queries: &[u32],
         out: &mut Activations,
     ) {
         let (Heads { q, kv, dim }, isa) = (self.heads, team.isa);
         let (group, rows) = (q / kv, plan.rows());
-        assert!(plan.heads() == self.heads && queries.len() >= rows * q * dim);
+        assert!(plan.heads() == self.heads && 2 * queries.len() >= rows * q * dim);
         assert!(out.k() == q * dim && rows <= out.rows());
         let layer = &self.arena.as_words()[layer * self.layer_words()..][..self.layer_words()];
         let partials = Scatter::new(&mut plan.partials);
@@ -174,9 +178,9 @@ impl KvPool {
                     let count = block.rows * group;
                     for (i, query) in of_head[..count].iter_mut().enumerate() {
                         let (row, member) = (i / group, i % group);
-                        let at = ((block.row + row) * q + head * group + member) * dim;
+                        let at = ((block.row + row) * q + head * group + member) * dim / 2;
                         *query = Query {
-                            q: &queries[at..at + dim],
+                            q: &queries[at..at + dim / 2],
                             len: block.position + row + 1,
                             out: row * width + (index * group + member) * dim,
                         };

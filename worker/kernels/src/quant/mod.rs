@@ -160,20 +160,25 @@ impl Activations {
             rest.is_empty() && first.is_multiple_of(BLOCK),
             "no whole blocks"
         );
-        let isa = isa.checked();
-        for (i, x) in x.iter().enumerate() {
-            let block = match isa {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: `checked` found the features.
-                Isa::Avx512 => unsafe { x86::block_avx512(x) },
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: as above.
-                Isa::Avx2 => unsafe { x86::block_avx2(x) },
-                _ => scalar::block(x),
-            };
-            let at = blocks[self.index(row, first / BLOCK + i, self.k / BLOCK)].get();
+        if x.is_empty() {
+            return;
+        }
+        let at = self.index(row, first / BLOCK, self.k / BLOCK);
+        let out = UnsafeCell::raw_get(blocks[at..].as_ptr());
+        match isa.checked() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `checked` found the features, the blocks are of the row, as checked
+            // above, and the caller excludes races.
+            Isa::Avx512 | Isa::Avx512Bf16 => unsafe { x86::blocks_avx512(x, out) },
+            #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            unsafe { at.write(block) };
+            Isa::Avx2 => unsafe { x86::blocks_avx2(x, out) },
+            _ => {
+                for (i, x) in x.iter().enumerate() {
+                    // SAFETY: as above.
+                    unsafe { out.add(i * GROUP).write(scalar::block(x)) };
+                }
+            }
         }
     }
 

@@ -1,0 +1,224 @@
+//! Steps, timed.
+
+use std::hint::black_box;
+use std::path::Path;
+use std::thread::available_parallelism;
+use std::time::{Duration, Instant};
+
+use shoal_core::{PAGE_TOKENS, Sampling};
+use shoal_engine::backend::Backend;
+use shoal_engine::config::EngineConfig;
+use shoal_engine::cpu::{CpuBackend, CpuOptions, Phase};
+use shoal_engine::sampler::{Counts, Draw, Sampler};
+use shoal_engine::spec::ModelSpec;
+use shoal_gguf::Gguf;
+use shoal_kernels::Isa;
+use shoal_kernels::arena::Arena;
+use shoal_kernels::limits::{dot_rate, fma_rate, read_rate};
+use shoal_kernels::logits::BLOCK;
+use shoal_kernels::pool::Pool;
+
+use super::case::{Case, Group, Layout, all};
+use super::report::{Limits, Measured, Part, Report, Work};
+use super::{EngineArgs, EngineBenchError};
+
+/// Most rows that want logits.
+const LOGIT_ROWS: usize = 64;
+/// Repeats of a case at least, however long they take.
+const LEAST_REPEATS: usize = 5;
+/// Memory that the read rate is measured on.
+const READ_BYTES: usize = 96 << 20;
+
+/// Measures every case that `args` asks for on the model at `path`.
+pub(crate) fn run(args: &EngineArgs, path: &Path) -> Result<Report, EngineBenchError> {
+    let isa = args.isa.unwrap_or_else(Isa::detect);
+    if !isa.is_available() {
+        return Err(EngineBenchError::Isa(isa));
+    }
+    let threads = args.threads.or_else(|| available_parallelism().ok());
+    let threads = threads.map_or(1, Into::into);
+    let gguf = Gguf::open(path)?;
+    let spec = ModelSpec::from_gguf(&gguf)?;
+    let chunk = EngineConfig::default().prefill_chunk;
+    let mut cases = all(spec.context, chunk);
+    cases.retain(|case| case.name.contains(&args.only));
+    let layouts: Vec<Vec<Layout>> = cases
+        .iter()
+        .map(|case| {
+            let steps = case.steps.iter();
+            steps.map(|step| Layout::new(step, spec.vocab)).collect()
+        })
+        .collect();
+    let steps = || layouts.iter().flatten();
+    let Some(pages) = steps().map(Layout::pages).max() else {
+        return Err(EngineBenchError::NoCase(args.only.clone()));
+    };
+    let options = CpuOptions {
+        isa,
+        threads,
+        pages,
+        max_rows: steps().map(Layout::rows).max().unwrap_or(1).max(LOGIT_ROWS),
+        max_logit_rows: LOGIT_ROWS,
+    };
+    let started = Instant::now();
+    let backend = CpuBackend::load(&gguf, spec, options)?;
+    let load = started.elapsed();
+    let limits = limits(threads, isa)?;
+    let mut bench = Bench::new(backend);
+    bench.touch()?;
+    let mut measured = Vec::new();
+    for (case, layouts) in cases.iter().zip(&layouts) {
+        measured.push(bench.measure(case, layouts, args.time)?);
+    }
+    Ok(Report::new(isa, threads, load, limits, measured))
+}
+
+fn limits(threads: usize, isa: Isa) -> Result<Limits, EngineBenchError> {
+    let mut pool = Pool::new(threads)?;
+    let mut arena = Arena::new(READ_BYTES)?;
+    arena.as_mut_slice().fill(1);
+    Ok(Limits {
+        read: read_rate(&mut pool, arena.as_slice()),
+        dots: dot_rate(&mut pool, isa),
+        fmas: fma_rate(&mut pool, isa),
+    })
+}
+
+/// The parts of a step: the backend's phases, then drawing.
+const PARTS: usize = Phase::ALL.len() + 1;
+
+/// A backend and the memory of a step.
+struct Bench {
+    backend: CpuBackend,
+    logits: Vec<f32>,
+    sampler: Sampler,
+    counts: Counts,
+    greedy: Sampling,
+}
+
+impl Bench {
+    fn new(backend: CpuBackend) -> Self {
+        Self {
+            logits: vec![0.0; LOGIT_ROWS * backend.spec().vocab],
+            backend,
+            sampler: Sampler::default(),
+            counts: Counts::default(),
+            greedy: Sampling {
+                temperature: 0.0,
+                ..Sampling::default()
+            },
+        }
+    }
+
+    /// Runs a step and draws from its logits: the time of every part.
+    fn step(&mut self, layout: &Layout) -> Result<[Duration; PARTS], EngineBenchError> {
+        let vocab = self.backend.spec().vocab;
+        let logits = &mut self.logits[..layout.logits() * vocab];
+        self.backend.step(&layout.batch(), logits)?;
+        let started = Instant::now();
+        let maxima = self.backend.maxima().chunks_exact(vocab.div_ceil(BLOCK));
+        for (logits, maxima) in logits.chunks_exact_mut(vocab).zip(maxima) {
+            let draw = Draw {
+                sampling: &self.greedy,
+                counts: &self.counts,
+                masked: &[],
+                position: 0,
+            };
+            // A file of noise may give what can't be drawn from; it takes as long.
+            let _ = black_box(self.sampler.draw(logits, maxima, draw));
+        }
+        let drawn = started.elapsed();
+        let times = self.backend.times();
+        let of = |part: usize| Phase::ALL.get(part).map_or(drawn, |&p| times.of(p));
+        Ok(std::array::from_fn(of))
+    }
+
+    /// Writes a token to every page: memory that never was written is one page of zeros, which
+    /// no cache has to fetch.
+    fn touch(&mut self) -> Result<(), EngineBenchError> {
+        let vocab = self.backend.spec().vocab;
+        for first in (0..self.backend.pages()).step_by(LOGIT_ROWS) {
+            let group = Group {
+                sequences: LOGIT_ROWS.min((self.backend.pages() - first) as usize),
+                position: 0,
+                rows: 1,
+                shared: 0,
+            };
+            self.step(&Layout::new(&[group], vocab).moved_to(first))?;
+        }
+        Ok(())
+    }
+
+    fn measure(
+        &mut self,
+        case: &Case,
+        layouts: &[Layout],
+        time: Duration,
+    ) -> Result<Measured, EngineBenchError> {
+        let mut repeats: Vec<[f64; PARTS]> = Vec::new();
+        let started = Instant::now();
+        while repeats.len() < LEAST_REPEATS || started.elapsed() < time {
+            let mut sums = [0.0; PARTS];
+            for layout in layouts {
+                for (sum, time) in sums.iter_mut().zip(self.step(layout)?) {
+                    *sum += time.as_secs_f64();
+                }
+            }
+            repeats.push(sums);
+        }
+        let parts = (0..PARTS).map(|part| {
+            let phase = Phase::ALL.get(part).copied();
+            Part {
+                name: phase.map_or("draw", Phase::name),
+                seconds: median(repeats.iter().map(|times| times[part])),
+                work: phase.map_or(Work::default(), |phase| self.work(phase, case, layouts)),
+            }
+        });
+        let totals = || repeats.iter().map(|times| times.iter().sum::<f64>());
+        Ok(Measured {
+            name: case.name.clone(),
+            rows: layouts.iter().map(Layout::rows).sum(),
+            seconds: median(totals()),
+            least: totals().fold(f64::INFINITY, f64::min),
+            parts: parts.collect(),
+        })
+    }
+
+    /// What a phase must do at least.
+    fn work(&self, phase: Phase, case: &Case, layouts: &[Layout]) -> Work {
+        let spec = self.backend.spec();
+        let groups = || case.steps.iter().flatten();
+        if phase == Phase::Attention {
+            let token = CpuBackend::page_bytes(spec) / PAGE_TOKENS;
+            let attended: usize = groups().map(Group::attended).sum();
+            return Work {
+                bytes: groups().map(Group::tokens).sum::<usize>() * token,
+                dots: 0,
+                // A query head reads a token's key and its value.
+                fmas: 4 * attended * spec.n_layer * spec.n_head * spec.head_dim,
+            };
+        }
+        let rows: usize = layouts.iter().map(Layout::rows).sum();
+        let logits: usize = layouts.iter().map(Layout::logits).sum();
+        let (heads, kv) = (spec.n_head * spec.head_dim, spec.n_kv_head * spec.head_dim);
+        let weights = match phase {
+            Phase::Begin | Phase::Norm | Phase::Attention => 0,
+            Phase::Qkv => rows * spec.n_layer * spec.d_model * (heads + 2 * kv),
+            Phase::Output => rows * spec.n_layer * spec.d_model * heads,
+            Phase::GateUp => rows * spec.n_layer * spec.d_model * 2 * spec.d_ff,
+            Phase::Down => rows * spec.n_layer * spec.d_model * spec.d_ff,
+            Phase::Head => logits * spec.d_model * spec.vocab,
+        };
+        Work {
+            bytes: layouts.len() * self.backend.weight_bytes(phase),
+            dots: 2 * weights,
+            fmas: 0,
+        }
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}

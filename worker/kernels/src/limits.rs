@@ -1,0 +1,155 @@
+//! What the machine can do at most: the rates that benchmarks are measured against.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use crate::Isa;
+use crate::pool::Pool;
+
+/// Windows of which the best counts.
+const WINDOWS: usize = 100;
+
+/// The least seconds that `run` takes.
+pub fn best(windows: usize, mut run: impl FnMut()) -> f64 {
+    let times = (0..windows).map(|_| {
+        let start = Instant::now();
+        run();
+        start.elapsed().as_secs_f64()
+    });
+    times.fold(f64::INFINITY, f64::min)
+}
+
+/// Bytes per second that `pool` reads from `data`, one window of 4 MiB after the other.
+pub fn read_rate(pool: &mut Pool, data: &[u8]) -> f64 {
+    const CHUNK: usize = 64 * 1024;
+    let windows = data.chunks_exact(64 * CHUNK);
+    let mut least = vec![f64::INFINITY; windows.len()];
+    for _ in 0..WINDOWS {
+        for (least, data) in least.iter_mut().zip(windows.clone()) {
+            let seconds = best(1, || {
+                pool.phase(64, |item| {
+                    let (lines, _) = data[item * CHUNK..][..CHUNK].as_chunks::<64>();
+                    let mut sums = [0u64; 8];
+                    for line in lines {
+                        for (sum, bytes) in sums.iter_mut().zip(line.as_chunks::<8>().0) {
+                            *sum ^= u64::from_ne_bytes(*bytes);
+                        }
+                    }
+                    black_box(sums);
+                });
+            });
+            *least = least.min(seconds);
+        }
+    }
+    (windows.len() * 64 * CHUNK) as f64 / least.iter().sum::<f64>()
+}
+
+/// Multiplications and additions of bytes per second, as the dots of `isa` do them; none where
+/// it has no instruction for them.
+pub fn dot_rate(pool: &mut Pool, isa: Isa) -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    if isa.checked() >= Isa::Avx512 {
+        // SAFETY: `checked` found the features.
+        return Some(rate(pool, x86::DOT_OPS, || unsafe { x86::dots() }));
+    }
+    let _ = (pool, isa);
+    None
+}
+
+/// Multiplications and additions of f32 per second, as fused multiply-adds of `isa`; none
+/// where it has no instruction for them.
+pub fn fma_rate(pool: &mut Pool, isa: Isa) -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    match isa.checked() {
+        // SAFETY: `checked` found the features.
+        Isa::Avx512 | Isa::Avx512Bf16 => {
+            return Some(rate(pool, 2 * x86::FMA_OPS, || unsafe { x86::fmas512() }));
+        }
+        // SAFETY: as above.
+        Isa::Avx2 => return Some(rate(pool, x86::FMA_OPS, || unsafe { x86::fmas256() })),
+        Isa::Scalar => {}
+    }
+    let _ = (pool, isa);
+    None
+}
+
+#[cfg(target_arch = "x86_64")]
+fn rate(pool: &mut Pool, ops: usize, run: impl Fn() + Sync) -> f64 {
+    let items = pool.threads();
+    let seconds = best(WINDOWS, || pool.phase(items, |_| run()));
+    (items * ops) as f64 / seconds
+}
+
+/// Independent chains of one instruction, more than its latency.
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+
+    const CHAINS: usize = 12;
+    const ROUNDS: usize = 4_000;
+    /// Operations of [`dots`].
+    pub(super) const DOT_OPS: usize = CHAINS * ROUNDS * 128;
+    /// Operations of [`fmas256`], half of those of [`fmas512`].
+    pub(super) const FMA_OPS: usize = CHAINS * ROUNDS * 16;
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub(super) fn dots() {
+        let (a, b) = (
+            black_box(_mm512_set1_epi8(3)),
+            black_box(_mm512_set1_epi8(5)),
+        );
+        let mut sums = [_mm512_setzero_si512(); CHAINS];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, a, b);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn fmas512() {
+        let (a, b) = (
+            black_box(_mm512_set1_ps(0.5)),
+            black_box(_mm512_set1_ps(1.0)),
+        );
+        let mut sums = [_mm512_setzero_ps(); CHAINS];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(*sum, a, b);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn fmas256() {
+        let (a, b) = (
+            black_box(_mm256_set1_ps(0.5)),
+            black_box(_mm256_set1_ps(1.0)),
+        );
+        let mut sums = [_mm256_setzero_ps(); CHAINS];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = _mm256_fmadd_ps(*sum, a, b);
+            }
+        }
+        black_box(sums);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_those_of_instructions_that_there_are() {
+        let mut pool = Pool::new(1).unwrap();
+        assert!(read_rate(&mut pool, &vec![1; 4 << 20]) > 0.0);
+        for isa in Isa::available() {
+            assert_eq!(fma_rate(&mut pool, isa).is_some(), isa != Isa::Scalar);
+            assert_eq!(dot_rate(&mut pool, isa).is_some(), isa >= Isa::Avx512);
+        }
+    }
+}
