@@ -8,6 +8,7 @@ mod class;
 mod noise;
 mod page;
 mod params;
+mod speculation;
 
 pub use class::Class;
 pub use noise::NoiseKey;
@@ -16,6 +17,7 @@ pub use params::{
     LogitBias, MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS, ParamError, Sampling, Scoring,
     Stopping,
 };
+pub use speculation::{DraftScope, MAX_DRAFT_ROWS, Speculation, SpeculationError, draft_anchor};
 
 /// A token of the model's vocabulary.
 pub type TokenId = u32;

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use shoal_core::TokenId;
+use shoal_core::{DraftScope, Speculation, TokenId};
 use shoal_fabric::telemetry;
 use shoal_proto::worker::{Finish, Logprob, RejectReason, SequenceOutput, SequenceUsage, Submit};
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout, timeout_at};
@@ -430,6 +430,19 @@ impl Generation {
             numerics_id: description.numerics_id.clone(),
             traceparent: telemetry::traceparent(&self.span).unwrap_or_default(),
             request_id: job.arrival.request_id.to_string(),
+            draft_rows: match job.speculation {
+                Speculation::Auto => None,
+                Speculation::Off => Some(0),
+                Speculation::Fixed(rows) => Some(rows),
+            },
+            draft_user: scope(job.scopes.user),
+            draft_tenant: scope(Some(job.scopes.tenant)),
+            draft_public: scope(Some(job.scopes.tenant.public())),
         }
     }
+}
+
+/// A draft scope as it goes over the wire.
+fn scope(scope: Option<DraftScope>) -> Vec<u8> {
+    scope.map_or_else(Vec::new, |scope| scope.as_bytes().to_vec())
 }

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use shoal_core::{Namespace, Sampling, Scoring, Stopping, TokenId};
+use shoal_core::{DraftScope, Namespace, Sampling, Scoring, Speculation, Stopping, TokenId};
 use shoal_proto::{
-    inference::{self as api, GenerateRequest, generate_request::Prompt},
+    inference::{
+        self as api, GenerateRequest, generate_request::Prompt, speculation::Mode as Drafting,
+    },
     worker as wire,
 };
 use shoal_text::{EncodeOptions, Message, StopMatcher};
@@ -49,6 +51,28 @@ pub(crate) struct Job {
     pub(crate) namespace: Namespace,
     pub(crate) priority: u32,
     pub(crate) session_id: String,
+    pub(crate) speculation: Speculation,
+    pub(crate) scopes: Scopes,
+}
+
+/// The scopes of text that may draft for a job, and that its answer adds to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scopes {
+    pub(crate) tenant: DraftScope,
+    /// Where the user is known.
+    pub(crate) user: Option<DraftScope>,
+}
+
+impl Scopes {
+    fn new(model: &Model, caller: &Caller, salt: &str, user: &str) -> Self {
+        let tokenizer = &model.description.tokenizer_sha256;
+        let tenant = DraftScope::tenant(&model.name, tokenizer, &caller.tenant.name, salt);
+        let user = if user.is_empty() { &caller.user } else { user };
+        Self {
+            tenant,
+            user: (!user.is_empty()).then(|| tenant.user(user)),
+        }
+    }
 }
 
 impl Job {
@@ -102,7 +126,10 @@ impl Job {
         let asked = api::Priority::try_from(request.priority)
             .map_err(|_| RequestError::invalid("priority", "priority is none of its values"))?;
         let tenant = &arrival.caller.tenant;
+        let (salt, user) = (&request.cache_salt, &request.user);
         Ok(Self {
+            scopes: Scopes::new(&model, &arrival.caller, salt, user),
+            speculation: speculation(request.speculation)?,
             prompt,
             echo,
             sampling: to_wire(sampling),
@@ -124,6 +151,16 @@ impl Job {
             model,
             arrival,
         })
+    }
+}
+
+/// How a request is drafted for.
+fn speculation(asked: Option<api::Speculation>) -> Result<Speculation, RequestError> {
+    match asked.and_then(|asked| asked.mode) {
+        None | Some(Drafting::Off(false)) => Ok(Speculation::Auto),
+        Some(Drafting::Off(true)) => Ok(Speculation::Off),
+        Some(Drafting::Rows(rows)) => Speculation::fixed(rows.into())
+            .map_err(|error| RequestError::invalid("speculation", error.to_string())),
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{LazyLock, OnceLock};
 use std::time::Duration;
 
-use shoal_core::{Namespace, Sampling, Scoring, Stopping, TokenId};
+use shoal_core::{Namespace, Sampling, Scoring, Speculation, Stopping, TokenId};
 use shoal_engine::backend::Backend;
 use shoal_engine::config::EngineConfig;
 use shoal_engine::cpu::{CpuBackend, CpuOptions};
@@ -264,6 +264,8 @@ fn request(id: u64) -> Request {
         namespace: Namespace::new("tenant", ""),
         priority: 0,
         deadline: None,
+        speculation: Speculation::Auto,
+        corpora: Vec::new(),
     }
 }
 

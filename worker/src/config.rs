@@ -116,6 +116,10 @@ pub struct WorkerConfig {
     pub max_sessions: usize,
     /// Bytes that a session may leave unread before it is closed. At least 64 KiB.
     pub session_backlog: usize,
+    /// Most bytes of the texts that draft.
+    pub corpus_bytes: usize,
+    /// How long a text drafts.
+    pub corpus_ttl: Duration,
     /// For running sequences after a signal; then they end as preempted.
     pub drain: Duration,
 }
@@ -139,6 +143,8 @@ impl WorkerConfig {
             engine: EngineConfig::default(),
             max_sessions: 256,
             session_backlog: 64 << 20,
+            corpus_bytes: 64 << 20,
+            corpus_ttl: Duration::from_secs(24 * 3600),
             drain: Duration::from_secs(30),
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::Device;
-use shoal_core::{Class, PAGE_TOKENS};
+use shoal_core::{Class, MAX_DRAFT_ROWS, PAGE_TOKENS, Speculation};
 use shoal_engine::backend::{Backend, BackendError};
 use shoal_engine::candle::{CandleBackend, CandleOptions, CandleWeights};
 use shoal_engine::cpu::{CpuBackend, CpuOptions, Estimate, ShardPlan};
@@ -81,7 +81,12 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
     let weights: u64 = gguf.tensors().map(|tensor| tensor.data.len() as u64).sum();
     let pages = pages(config, &spec, weights, available)?;
     let max_rows = config.engine.step_rows;
-    let max_logit_rows = config.engine.max_running.min(max_rows);
+    // Every row of a draft wants logits, too.
+    let drafts = match config.engine.speculation {
+        Speculation::Off => 0,
+        Speculation::Auto | Speculation::Fixed(_) => MAX_DRAFT_ROWS as usize,
+    };
+    let max_logit_rows = (config.engine.max_running + drafts).min(max_rows);
     let mut group = None;
     let backend: Box<dyn Backend> = match (config.backend, &config.tensor_parallel) {
         (BackendKind::Cpu, None) => {

@@ -8,7 +8,7 @@ use std::{
 use axum::Router;
 use prost::Message;
 use sha2::{Digest, Sha256};
-use shoal_core::{Namespace, PAGE_TOKENS, Sampling, Scoring, Stopping};
+use shoal_core::{Namespace, PAGE_TOKENS, Sampling, Scoring, Speculation, Stopping};
 use shoal_engine::{
     backend::Backend,
     engine::{Engine, EngineHandle},
@@ -286,6 +286,8 @@ async fn warm_up(engine: &EngineHandle, seat: Seat) -> Result<(), WorkerError> {
         namespace: Namespace::new("", "warm-up"),
         priority: 0,
         deadline: None,
+        speculation: Speculation::Off,
+        corpora: Vec::new(),
     })?;
     while let Ok(pending) = seat.outbox.take().await {
         match pending.ended().next().map(|last| last.finish()) {

@@ -138,6 +138,10 @@ impl Session {
                 load: Some(wire::load(&self.serving.engine.load())),
                 expected_step_ms: self.serving.engine.expected_step().as_millis() as u32,
             }),
+            Some(router_frame::Frame::Draft(draft)) => {
+                let (key, draft) = wire::draft(draft, self.seat.id);
+                self.serving.engine.draft(key, draft);
+            }
             // A frame of a newer router.
             None => {}
         }
@@ -170,7 +174,8 @@ impl Session {
         // Before the engine can end it.
         self.spans().insert((sequence, attempt), trace);
         let identity = &self.serving.identity;
-        let result = wire::request(submit, self.seat.id, identity, Instant::now())
+        let (session, corpora) = (self.seat.id, &self.worker.corpora);
+        let result = wire::request(submit, session, identity, corpora, Instant::now())
             .and_then(|request| Ok(self.serving.engine.submit(request)?));
         let Err(refusal) = result else { return };
         tracing::debug!(parent: &span, %refusal, "sequence refused");

@@ -2,10 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use shoal_core::{Class, Namespace, Sampling, Scoring, Stopping};
+use shoal_core::{
+    Class, DraftScope, Namespace, Sampling, Scoring, Speculation, SpeculationError, Stopping,
+};
+use shoal_draft::{SharedCorpus, Store};
 use shoal_engine::request::{
     self as engine, Logprob, Request, SequenceKey, SequenceOutput, SubmitError,
 };
+use shoal_engine::speculation::{Drafter, MAX_DRAFT_NODES, PushedDraft};
 use shoal_proto::worker as proto;
 
 /// What a submission must name rightly.
@@ -28,6 +32,10 @@ pub(crate) enum Refusal {
     Missing(&'static str),
     #[error("the cache namespace has {0} bytes, not 16")]
     Namespace(usize),
+    #[error("a draft scope has {0} bytes, not 16")]
+    DraftScope(usize),
+    #[error(transparent)]
+    Speculation(#[from] SpeculationError),
     #[error(transparent)]
     Engine(#[from] SubmitError),
 }
@@ -37,7 +45,9 @@ impl Refusal {
         match self {
             Self::StaleEpoch { .. } => proto::RejectReason::StaleEpoch,
             Self::Numerics => proto::RejectReason::NumericsMismatch,
-            Self::Missing(_) | Self::Namespace(_) => proto::RejectReason::Invalid,
+            Self::Missing(_) | Self::Namespace(_) | Self::DraftScope(_) | Self::Speculation(_) => {
+                proto::RejectReason::Invalid
+            }
             Self::Engine(error) => match error.class() {
                 Class::Backpressure => proto::RejectReason::Overloaded,
                 Class::Retry => proto::RejectReason::Draining,
@@ -52,6 +62,7 @@ pub(crate) fn request(
     submit: proto::Submit,
     session: u64,
     identity: &Identity,
+    store: &Store,
     now: Instant,
 ) -> Result<Request, Refusal> {
     if submit.epoch != 0 && submit.epoch != identity.epoch {
@@ -65,6 +76,7 @@ pub(crate) fn request(
     }
     let namespace = &submit.cache_namespace;
     let namespace = Namespace::from_bytes(namespace).ok_or(Refusal::Namespace(namespace.len()))?;
+    let corpora = corpora(&submit, store)?;
     let sampling = submit.sampling.ok_or(Refusal::Missing("sampling"))?;
     let stopping = submit.stopping.ok_or(Refusal::Missing("stopping"))?;
     let scoring = submit.scoring.unwrap_or_default();
@@ -103,7 +115,48 @@ pub(crate) fn request(
         namespace,
         priority: submit.priority,
         deadline: (!deadline.is_zero()).then(|| now + deadline),
+        speculation: match submit.draft_rows {
+            None => Speculation::Auto,
+            Some(0) => Speculation::Off,
+            Some(rows) => Speculation::fixed(rows.into())?,
+        },
+        corpora,
     })
+}
+
+/// The texts that may draft for a submission.
+fn corpora(submit: &proto::Submit, store: &Store) -> Result<Vec<(Drafter, SharedCorpus)>, Refusal> {
+    let mut corpora = Vec::new();
+    for (drafter, scope) in [
+        (Drafter::User, &submit.draft_user),
+        (Drafter::Tenant, &submit.draft_tenant),
+        (Drafter::Public, &submit.draft_public),
+    ] {
+        if scope.is_empty() {
+            continue;
+        }
+        let scope = DraftScope::from_bytes(scope).ok_or(Refusal::DraftScope(scope.len()))?;
+        corpora.extend(store.get(&scope).map(|corpus| (drafter, corpus)));
+    }
+    Ok(corpora)
+}
+
+/// A draft as the engine takes it, and whose it is.
+pub(crate) fn draft(mut draft: proto::Draft, session: u64) -> (SequenceKey, PushedDraft) {
+    draft.tokens.truncate(MAX_DRAFT_NODES);
+    draft.parents.truncate(MAX_DRAFT_NODES);
+    let key = SequenceKey {
+        session,
+        sequence: draft.sequence,
+        attempt: draft.attempt,
+    };
+    let pushed = PushedDraft {
+        base: draft.base,
+        anchor: draft.anchor,
+        tokens: draft.tokens,
+        parents: draft.parents,
+    };
+    (key, pushed)
 }
 
 /// What a step made for a sequence, as it goes over the wire.
@@ -151,6 +204,8 @@ fn usage(usage: &engine::Usage) -> proto::SequenceUsage {
         queue_us: micros(usage.queued),
         prefill_us: micros(usage.prefill),
         preemptions: usage.preemptions,
+        drafted: usage.drafted,
+        accepted: usage.accepted,
     }
 }
 
@@ -167,6 +222,8 @@ pub(crate) fn load(load: &engine::Load) -> proto::Load {
         step_ms_p99: load.step_ms_p99,
         step_base_ms: load.step_base_ms,
         step_row_ms: load.step_row_ms,
+        // Saturates where no row has a chance.
+        admit_milli: (load.draft_price * 1e3).round() as u32,
     }
 }
 
@@ -178,6 +235,10 @@ mod tests {
         epoch: 7,
         numerics_id: [1; 32],
     };
+
+    fn store() -> Store {
+        Store::new(1 << 20, Duration::from_secs(60))
+    }
 
     fn submit() -> proto::Submit {
         proto::Submit {
@@ -194,23 +255,42 @@ mod tests {
     }
 
     fn refused(submit: proto::Submit) -> proto::RejectReason {
-        let result = request(submit, 1, &IDENTITY, Instant::now());
+        let result = request(submit, 1, &IDENTITY, &store(), Instant::now());
         result.expect_err("a refusal").reason()
     }
 
     #[test]
     fn logit_bias_comes_sorted() {
-        let request = request(submit(), 1, &IDENTITY, Instant::now()).unwrap();
+        let request = request(submit(), 1, &IDENTITY, &store(), Instant::now()).unwrap();
         assert_eq!(request.sampling.logit_bias, [(2, -1.0), (5, 0.5), (9, 1.0)]);
+    }
+
+    #[test]
+    fn drafts_come_from_the_scopes_that_are_named() {
+        let (store, now) = (store(), Instant::now());
+        let scope = DraftScope::tenant("m", b"t", "acme", "");
+        store.add(scope, &[1, 2, 3, 4, 5], Duration::ZERO);
+        let mut named = submit();
+        named.draft_tenant = scope.as_bytes().to_vec();
+        named.draft_user = scope.user("alice").as_bytes().to_vec();
+        let request = request(named, 1, &IDENTITY, &store, now).unwrap();
+        let drafters: Vec<Drafter> = request.corpora.iter().map(|(d, _)| *d).collect();
+        assert_eq!(drafters, [Drafter::Tenant]);
+        assert_eq!(request.speculation, Speculation::Auto);
     }
 
     #[test]
     fn zero_is_no_deadline() {
         let now = Instant::now();
-        assert_eq!(request(submit(), 1, &IDENTITY, now).unwrap().deadline, None);
+        assert_eq!(
+            request(submit(), 1, &IDENTITY, &store(), now)
+                .unwrap()
+                .deadline,
+            None
+        );
         let mut soon = submit();
         soon.deadline_in_ms = 5;
-        let deadline = request(soon, 1, &IDENTITY, now).unwrap().deadline;
+        let deadline = request(soon, 1, &IDENTITY, &store(), now).unwrap().deadline;
         assert_eq!(deadline, Some(now + Duration::from_millis(5)));
     }
 
@@ -218,7 +298,7 @@ mod tests {
     fn identities_are_checked_where_they_are_named() {
         let mut named = submit();
         (named.epoch, named.numerics_id) = (7, vec![1; 32]);
-        assert!(request(named, 1, &IDENTITY, Instant::now()).is_ok());
+        assert!(request(named, 1, &IDENTITY, &store(), Instant::now()).is_ok());
         let mut stale = submit();
         stale.epoch = 6;
         assert_eq!(refused(stale), proto::RejectReason::StaleEpoch);
@@ -228,8 +308,10 @@ mod tests {
     }
 
     #[test]
-    fn missing_parts_are_invalid() {
+    fn missing_and_wrong_parts_are_invalid() {
         for spoil in [
+            |s: &mut proto::Submit| s.draft_rows = Some(33),
+            |s: &mut proto::Submit| s.draft_tenant = vec![0; 15],
             |s: &mut proto::Submit| s.sampling = None,
             |s: &mut proto::Submit| s.stopping = None,
             |s: &mut proto::Submit| s.cache_namespace.clear(),

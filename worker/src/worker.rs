@@ -6,6 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use shoal_draft::Store;
 use shoal_engine::engine::EngineHandle;
 use shoal_fabric::shutdown::Shutdown;
 use shoal_proto::worker::{ModelDescription, WorkerState};
@@ -48,6 +49,8 @@ pub(crate) struct Worker {
     state: watch::Sender<WorkerState>,
     pub(crate) sessions: Arc<Sessions>,
     pub(crate) pages: Arc<Pages>,
+    /// Texts that draft.
+    pub(crate) corpora: Store,
     pub(crate) metrics: WorkerMetrics,
     pub(crate) shutdown: Shutdown,
     /// The sessions end.
@@ -66,6 +69,7 @@ impl Worker {
             state: watch::Sender::new(WorkerState::Starting),
             sessions: Arc::new(Sessions::new(config.max_sessions, config.session_backlog)),
             pages: Arc::default(),
+            corpora: Store::new(config.corpus_bytes, config.corpus_ttl),
             metrics: WorkerMetrics::default(),
             shutdown,
             closing: CancellationToken::new(),

@@ -87,6 +87,8 @@ pub(crate) enum ConfigError {
     Routing(#[from] shoal_router::RoutingError),
     #[error("the path of this program is unknown")]
     Program(#[source] io::Error),
+    #[error(transparent)]
+    Speculation(#[from] shoal_core::SpeculationError),
     #[error("replicas must be at least 1")]
     NoReplicas,
     #[error("the environment holds a wrong value")]

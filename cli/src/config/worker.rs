@@ -95,6 +95,19 @@ pub(crate) struct WorkerSettings {
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub(crate) prefix_cache: Option<bool>,
 
+    /// Drafts that are verified for requests that do not say: auto, off, or so many tokens a step;
+    /// off is off for all requests [default: auto]
+    #[arg(long, env = "SHOAL_WORKER_SPECULATION", value_name = "auto|off|N")]
+    pub(crate) speculation: Option<String>,
+
+    /// Memory of the texts that draft [default: 64MiB]
+    #[arg(long, env = "SHOAL_WORKER_CORPUS_SIZE", value_name = "SIZE")]
+    pub(crate) corpus_size: Option<Size>,
+
+    /// How long a text drafts [default: 1day]
+    #[arg(long, env = "SHOAL_WORKER_CORPUS_TTL", value_name = "TIME")]
+    pub(crate) corpus_ttl: Option<Time>,
+
     /// Most routers that are connected at one time [default: 256]
     #[arg(long, env = "SHOAL_WORKER_MAX_SESSIONS", value_name = "N")]
     pub(crate) max_sessions: Option<usize>,
@@ -147,6 +160,13 @@ impl WorkerSettings {
         engine.itl_target = time(self.itl_target, engine.itl_target);
         engine.priority_aging = time(self.priority_aging, engine.priority_aging);
         engine.prefix_cache = self.prefix_cache.unwrap_or(engine.prefix_cache);
+        if let Some(speculation) = self.speculation {
+            engine.speculation = speculation.parse()?;
+        }
+        let bytes = |given: Option<Size>, default| match given {
+            Some(Size(bytes)) => usize::try_from(bytes).unwrap_or(usize::MAX),
+            None => default,
+        };
         let backend = match self.backend {
             Some(name) => name.parse()?,
             None => default.backend,
@@ -175,10 +195,9 @@ impl WorkerSettings {
             context: self.context,
             engine,
             max_sessions: self.max_sessions.unwrap_or(default.max_sessions),
-            session_backlog: match self.session_backlog {
-                Some(Size(bytes)) => usize::try_from(bytes).unwrap_or(usize::MAX),
-                None => default.session_backlog,
-            },
+            session_backlog: bytes(self.session_backlog, default.session_backlog),
+            corpus_bytes: bytes(self.corpus_size, default.corpus_bytes),
+            corpus_ttl: time(self.corpus_ttl, default.corpus_ttl),
             drain: time(self.drain, default.drain),
             ..default
         })

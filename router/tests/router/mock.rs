@@ -411,6 +411,8 @@ impl Session {
                 }
                 self.shared.seen.send(Seen::Cancel(cancel)).ok();
             }
+            // It does not speculate.
+            Up::Draft(_) => {}
             Up::Ping(ping) => {
                 let elsewhere = self.shared.steps_elsewhere.load(Ordering::Relaxed);
                 self.send(Down::Pong(Pong {
@@ -471,6 +473,8 @@ const USAGE: SequenceUsage = SequenceUsage {
     queue_us: 0,
     prefill_us: 0,
     preemptions: 0,
+    drafted: 0,
+    accepted: 0,
 };
 
 impl Running {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use shoal_core::{Class, PAGE_TOKENS};
+use shoal_core::{Class, PAGE_TOKENS, Speculation};
 
 use crate::backend::Backend;
 
@@ -25,6 +25,8 @@ pub struct EngineConfig {
     pub priority_aging: Duration,
     /// Whether prompt pages are kept and shared.
     pub prefix_cache: bool,
+    /// How sequences are drafted for whose requests leave it to the engine; off is off for all.
+    pub speculation: Speculation,
 }
 
 impl Default for EngineConfig {
@@ -37,6 +39,7 @@ impl Default for EngineConfig {
             itl_target: Duration::from_millis(50),
             priority_aging: Duration::from_secs(10),
             prefix_cache: true,
+            speculation: Speculation::Auto,
         }
     }
 }
@@ -68,6 +71,7 @@ pub(crate) struct Limits {
     pub(crate) itl_target: Duration,
     pub(crate) priority_aging: Duration,
     pub(crate) prefix_cache: bool,
+    pub(crate) speculation: Speculation,
     pub(crate) vocab: usize,
     /// Longest prompt + output.
     pub(crate) sequence_tokens: usize,
@@ -105,6 +109,7 @@ impl Limits {
             itl_target: config.itl_target,
             priority_aging: config.priority_aging,
             prefix_cache: config.prefix_cache,
+            speculation: config.speculation,
             vocab: backend.spec().vocab,
             sequence_tokens: backend.spec().context.min(pool_tokens),
         })

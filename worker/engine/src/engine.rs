@@ -14,6 +14,7 @@ use crate::config::{ConfigError, EngineConfig, Limits};
 use crate::metrics::EngineMetrics;
 use crate::request::{Finish, Load, Request, SequenceKey, StepSink, SubmitError};
 use crate::sequence::{Rank, Sequence};
+use crate::speculation::PushedDraft;
 use crate::step::Stepper;
 
 /// Why no engine was started.
@@ -121,6 +122,8 @@ struct Inbox {
     #[expect(clippy::vec_box, reason = "sequences change lists by pointer")]
     submitted: Vec<Box<Sequence>>,
     cancelled: Vec<SequenceKey>,
+    /// The newest draft of each, of those that are live.
+    drafts: HashMap<SequenceKey, PushedDraft>,
     /// Every sequence whose end is not published, and whether it was cancelled. Bounds the
     /// two lists above.
     live: HashMap<SequenceKey, bool>,
@@ -175,6 +178,15 @@ impl EngineHandle {
         drop(inbox);
         shared.wake.notify_one();
         Ok(())
+    }
+
+    /// Takes a draft that was made elsewhere. It replaces an earlier one of its sequence; what
+    /// comes too late, twice or wrong costs nothing but its speed.
+    pub fn draft(&self, key: SequenceKey, draft: PushedDraft) {
+        let mut inbox = lock(&self.owner.shared.inbox);
+        if inbox.live.contains_key(&key) {
+            inbox.drafts.insert(key, draft);
+        }
     }
 
     /// Ends a sequence with [`Finish::Cancelled`] before the next step; without effect if it
@@ -307,6 +319,7 @@ impl Loop {
     fn steps(&mut self) -> String {
         let mut submitted = Vec::new();
         let mut cancelled = Vec::new();
+        let mut drafts = HashMap::new();
         loop {
             let mut inbox = lock(&self.shared.inbox);
             while self.stepper.is_idle()
@@ -326,6 +339,7 @@ impl Loop {
             }
             std::mem::swap(&mut inbox.submitted, &mut submitted);
             std::mem::swap(&mut inbox.cancelled, &mut cancelled);
+            std::mem::swap(&mut inbox.drafts, &mut drafts);
             let drain = inbox.drain;
             let check = std::mem::take(&mut inbox.check);
             drop(inbox);
@@ -337,6 +351,9 @@ impl Loop {
                 self.stepper
                     .end(Finish::Cancelled, |s| cancelled.contains(&s.key));
                 cancelled.clear();
+            }
+            for (key, draft) in drafts.drain() {
+                self.stepper.draft(key, draft);
             }
             let deadline = drain.and_then(|drain| drain.deadline);
             if deadline.is_some_and(|deadline| deadline <= self.stepper.now()) {

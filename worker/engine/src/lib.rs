@@ -17,6 +17,7 @@ pub mod sampler;
 mod scheduler;
 mod sequence;
 pub mod spec;
+pub mod speculation;
 mod step;
 pub mod weights;
 

@@ -9,6 +9,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::request::Load;
+use crate::speculation::DraftMetrics;
 
 type FloatGauge = Gauge<f64, std::sync::atomic::AtomicU64>;
 
@@ -27,6 +28,7 @@ pub struct EngineMetrics {
     pub(crate) step_time: Histogram,
     pub(crate) step_rows: Histogram,
     pub(crate) queue_time: Histogram,
+    pub(crate) drafts: DraftMetrics,
 }
 
 impl Default for EngineMetrics {
@@ -46,6 +48,7 @@ impl Default for EngineMetrics {
             step_rows: Histogram::new(exponential_buckets(1.0, 2.0, 11)),
             // 1 ms to 65 s.
             queue_time: Histogram::new(exponential_buckets(1e-3, 2.0, 17)),
+            drafts: DraftMetrics::default(),
         }
     }
 }
@@ -112,12 +115,14 @@ impl EngineMetrics {
             Unit::Seconds,
             self.queue_time.clone(),
         );
+        self.drafts.register(r);
     }
 
     pub(crate) fn set_load(&self, load: &Load) {
         self.running.set(i64::from(load.running));
         self.waiting.set(i64::from(load.waiting));
         self.kv_usage.set(load.kv_usage);
+        self.drafts.price(load.draft_price);
     }
 }
 

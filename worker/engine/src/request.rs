@@ -2,7 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use shoal_core::{Class, Namespace, PageHash, ParamError, Sampling, Scoring, Stopping, TokenId};
+use shoal_core::{
+    Class, Namespace, PageHash, ParamError, Sampling, Scoring, Speculation, Stopping, TokenId,
+};
+use shoal_draft::SharedCorpus;
+
+use crate::speculation::Drafter;
 
 /// One attempt at one sequence, as its router names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,6 +41,10 @@ pub struct Request {
     pub priority: u32,
     /// When the answer is worthless.
     pub deadline: Option<Instant>,
+    /// How it is drafted for.
+    pub speculation: Speculation,
+    /// Texts that may draft for it.
+    pub corpora: Vec<(Drafter, SharedCorpus)>,
 }
 
 /// Why a request was not taken.
@@ -126,6 +135,10 @@ pub struct Usage {
     pub prefill: Duration,
     /// Times it lost its pages and was computed again.
     pub preemptions: u32,
+    /// Draft tokens that were verified.
+    pub drafted: u32,
+    /// Those that were right.
+    pub accepted: u32,
 }
 
 /// What one step made for one sequence.
@@ -169,6 +182,8 @@ pub struct Load {
     pub step_base_ms: f64,
     /// See `step_base_ms`.
     pub step_row_ms: f64,
+    /// The chance that one more draft row must have to be worth its time; above 1, none is.
+    pub draft_price: f64,
 }
 
 /// What became of a page of prompt tokens.

@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use shoal_core::{
-    Namespace, PAGE_TOKENS, PageHash, Role, Sampling, Scoring, Stopping, TokenId, prompt_pages,
+    Namespace, PAGE_TOKENS, PageHash, Role, Sampling, Scoring, Speculation, Stopping, TokenId,
+    prompt_pages,
 };
 
 use crate::backend::NumericsId;
@@ -11,6 +12,7 @@ use crate::config::Limits;
 use crate::kv::{Insert, KvPages, Prefix};
 use crate::request::{Finish, Logprob, Request, SequenceKey, SequenceOutput, SubmitError, Usage};
 use crate::sampler::Counts;
+use crate::speculation::{Drafting, Hazards, Settled, Text};
 
 /// The order of service, first come first: submission time less the head start that the
 /// priority gives. Unique, so it is a total order.
@@ -53,6 +55,8 @@ pub(crate) struct Sequence {
     pub(crate) planned: usize,
     /// Prompt tokens that no page held when it began to wait.
     pub(crate) uncached: usize,
+    /// What is verified beside the decode row.
+    pub(crate) drafting: Drafting,
     /// Set once it has ended; its output is out.
     pub(crate) ended: bool,
     namespace: Namespace,
@@ -61,6 +65,7 @@ pub(crate) struct Sequence {
     prompt: usize,
     /// Most output tokens: `max_tokens`, or what the context leaves.
     max_output: usize,
+    vocab: usize,
     /// Chained hashes of the full prompt pages.
     hashes: Vec<PageHash>,
     /// Leading pages known to be cached; `None` once one could not be.
@@ -132,11 +137,16 @@ impl Sequence {
             computed: 0,
             planned: 0,
             uncached: prompt,
+            drafting: Drafting::new(
+                speculation(request.speculation, limits.speculation),
+                request.corpora,
+            ),
             ended: false,
             namespace: request.namespace,
             tokens,
             prompt,
             max_output,
+            vocab: limits.vocab,
             hashes,
             cached_pages: Some(0),
             prompt_scores,
@@ -186,6 +196,35 @@ impl Sequence {
     /// Whether the next row is the last known token, made by the model: a decode row.
     pub(crate) fn is_decoding(&self) -> bool {
         self.pending() == 1 && self.computed >= self.prompt
+    }
+
+    /// Whether the step being planned has a decode row of it.
+    pub(crate) fn decodes(&self) -> bool {
+        self.planned > 0 && self.is_decoding()
+    }
+
+    /// Whose pages it shares.
+    pub(crate) fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// Asks its drafters for the tokens after the last one. False: there are none.
+    pub(crate) fn propose(&mut self) -> bool {
+        let left = self.max_output - self.output_len();
+        self.drafting.propose(Text {
+            tokens: &self.tokens,
+            prompt: self.prompt,
+            // The row after the last draft token makes a token, too.
+            most: left.saturating_sub(1),
+            vocab: self.vocab,
+            stops: &self.stopping.stop_tokens,
+        })
+    }
+
+    /// Learns from the output made since `offset`, and says what became of its draft.
+    pub(crate) fn settle_draft(&mut self, hazards: &mut Hazards, offset: usize) -> Settled {
+        let made = &self.tokens[self.prompt + offset..];
+        self.drafting.settle(hazards, &self.namespace, made)
     }
 
     /// Pages that the known tokens fill.
@@ -245,6 +284,7 @@ impl Sequence {
     /// Loses its pages; keeps its output and its scores.
     pub(crate) fn preempt(&mut self, kv: &mut KvPages) {
         kv.release(&mut self.pages);
+        self.drafting.reset();
         self.computed = 0;
         self.planned = 0;
         self.preemptions += 1;
@@ -352,11 +392,23 @@ impl Sequence {
             (Some(from), Some(to)) => to.saturating_duration_since(from),
             _ => Duration::ZERO,
         };
+        let (drafted, accepted) = self.drafting.totals();
         Usage {
             cached_tokens: self.cached_tokens,
             queued: self.queued().unwrap_or_default(),
             prefill,
             preemptions: self.preemptions,
+            drafted,
+            accepted,
         }
+    }
+}
+
+/// How a sequence is drafted for: as it asks, or as the engine does for those that do not.
+fn speculation(asked: Speculation, engine: Speculation) -> Speculation {
+    match (asked, engine) {
+        (_, Speculation::Off) => Speculation::Off,
+        (Speculation::Auto, engine) => engine,
+        (asked, _) => asked,
     }
 }

@@ -14,6 +14,7 @@ use crate::request::{Finish, Load, Logprob, PageChange, SequenceKey, SequenceOut
 use crate::sampler::{Draw, SampleError, Sampler};
 use crate::scheduler::{BatchBuffer, Scheduler, Slot};
 use crate::sequence::Sequence;
+use crate::speculation::{PushedDraft, Speculator};
 
 /// Where the time comes from; tests bring their own.
 pub(crate) type Clock = Box<dyn Fn() -> Instant + Send>;
@@ -22,6 +23,7 @@ pub(crate) type Clock = Box<dyn Fn() -> Instant + Send>;
 pub(crate) struct Stepper {
     backend: Box<dyn Backend>,
     scheduler: Scheduler,
+    speculator: Speculator,
     sampler: Sampler,
     batch: BatchBuffer,
     logits: Vec<f32>,
@@ -60,6 +62,7 @@ impl Stepper {
     ) -> Self {
         Self {
             scheduler: Scheduler::new(limits, backend.pages(), metrics.clone()),
+            speculator: Speculator::new(metrics.clone()),
             sampler: Sampler::default(),
             batch: BatchBuffer::default(),
             logits: Vec::new(),
@@ -101,6 +104,13 @@ impl Stepper {
         }
     }
 
+    /// Takes a draft that was made elsewhere for a running sequence; others have no use for it.
+    pub(crate) fn draft(&mut self, key: SequenceKey, draft: PushedDraft) {
+        if let Some(sequence) = self.scheduler.find(key) {
+            sequence.drafting.push(draft);
+        }
+    }
+
     /// Ends every sequence that `is_out` says.
     pub(crate) fn end(&mut self, finish: Finish, is_out: impl FnMut(&Sequence) -> bool) {
         let output = &mut self.output;
@@ -112,6 +122,7 @@ impl Stepper {
     pub(crate) fn output(&mut self) -> (&mut Output, Load) {
         let mut load = self.scheduler.load();
         self.meter.report(&mut load);
+        load.draft_price = self.speculator.price();
         self.metrics.set_load(&load);
         let (_, kv) = self.scheduler.parts();
         kv.take_changes(&mut self.output.pages);
@@ -145,8 +156,9 @@ impl Stepper {
         let output = &mut self.output;
         self.scheduler
             .expire(start, |s| output.farewell(s, Finish::Deadline));
-        self.scheduler.plan(start);
-        let (running, _) = self.scheduler.parts();
+        let slack = self.scheduler.plan(start);
+        let (running, kv) = self.scheduler.parts();
+        self.speculator.plan(running, kv, slack);
         self.batch.fill(running);
         if self.batch.slots().is_empty() {
             return Ok(());
@@ -212,10 +224,11 @@ impl Stepper {
                 let class = error.class();
                 tracing::error!(%error, ?class, key = ?sequence.key, "a sequence failed");
             }
-            // The last token has no row yet; rows of tokens that were not drawn do not count.
+            // The last token has no row yet; rows of drafts that were wrong do not count.
             let with_rows = sequence.computed + slot.rows.len();
             sequence.computed = with_rows.min(sequence.tokens().len() - slot.drawing.len().min(1));
             sequence.cache_pages(kv);
+            self.speculator.settle(sequence, offset);
             let output = SequenceOutput {
                 key: sequence.key,
                 offset: offset as u32,
@@ -243,6 +256,7 @@ impl Stepper {
 
     fn count(&mut self, stats: StepStats) {
         self.scheduler.observe(&stats);
+        self.speculator.observe(&stats);
         self.meter.add(&stats);
         let m = &self.metrics;
         m.step_time.observe(stats.time.as_secs_f64());

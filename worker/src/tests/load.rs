@@ -66,7 +66,7 @@ fn every_backend_loads_a_model() {
         assert_eq!(backend.name(), kind.to_string());
         assert_eq!(backend.spec().context, CONTEXT);
         assert_eq!(tokenizer.tokens.len(), backend.spec().vocab);
-        assert_eq!(backend.max_logit_rows(), config.engine.max_running);
+        assert!(backend.max_logit_rows() >= config.engine.max_running);
     }
 }
 

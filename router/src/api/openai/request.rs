@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Number, Value};
 use shoal_proto::inference::{
     self as native, ChatMessage, ChatPrompt, GenerateRequest, ResponseOptions, Sampling, Stopping,
-    generate_request::Prompt,
+    generate_request::Prompt, speculation::Mode,
 };
 
 use crate::error::RequestError;
@@ -49,6 +49,7 @@ pub(crate) struct Body {
     session_id: Option<String>,
     cache_salt: Option<String>,
     user: Option<String>,
+    speculation: Option<Speculation>,
     // Known and not built.
     tools: Option<Value>,
     tool_choice: Option<Value>,
@@ -134,6 +135,30 @@ enum Priority {
     Bulk,
     Default,
     Interactive,
+}
+
+/// `"auto"`, `"off"`, or a number of draft tokens.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged, expecting = "auto, off or a number is expected")]
+enum Speculation {
+    Rows(u64),
+    Name(String),
+}
+
+impl Speculation {
+    fn into_native(self) -> Result<Option<native::Speculation>, RequestError> {
+        let parsed = match self {
+            Self::Rows(rows) => shoal_core::Speculation::fixed(rows),
+            Self::Name(name) => name.parse(),
+        };
+        let parsed = parsed.map_err(|e| RequestError::invalid("speculation", e.to_string()))?;
+        let mode = match parsed {
+            shoal_core::Speculation::Auto => None,
+            shoal_core::Speculation::Off => Some(Mode::Off(true)),
+            shoal_core::Speculation::Fixed(rows) => Some(Mode::Rows(rows)),
+        };
+        Ok(Some(native::Speculation { mode }))
+    }
 }
 
 fn invalid(param: &'static str, message: &'static str) -> RequestError {
@@ -333,6 +358,11 @@ impl Body {
             } as i32,
             session_id: self.session_id.unwrap_or_default(),
             cache_salt: self.cache_salt.unwrap_or_default(),
+            speculation: match self.speculation {
+                None => None,
+                Some(speculation) => speculation.into_native()?,
+            },
+            user: self.user.unwrap_or_default(),
         })
     }
 }

@@ -57,6 +57,8 @@ impl BatchBuffer {
 
     fn add(&mut self, index: usize, sequence: &Sequence) {
         let positions = sequence.computed..sequence.computed + sequence.planned;
+        // They follow the last known token, which has a row of its own then.
+        let drafts = sequence.drafting.rows();
         let first_row = self.tokens.len();
         let row_of = |position: usize| (first_row + position - positions.start) as u32;
 
@@ -64,7 +66,10 @@ impl BatchBuffer {
         self.page_table.extend_from_slice(&sequence.pages);
         let pages = first_page..self.page_table.len() as u32;
         let border = sequence.prompt_len().clamp(positions.start, positions.end);
-        for part in [positions.start..border, border..positions.end] {
+        for part in [
+            positions.start..border,
+            border..positions.end + drafts.len(),
+        ] {
             if !part.is_empty() {
                 self.segments.push(Segment {
                     rows: row_of(part.start)..row_of(part.end),
@@ -75,14 +80,17 @@ impl BatchBuffer {
         }
         self.tokens
             .extend_from_slice(&sequence.tokens()[positions.clone()]);
-        self.positions.extend(positions.clone().map(|p| p as u32));
+        self.tokens.extend_from_slice(drafts);
+        self.positions
+            .extend((positions.start..positions.end + drafts.len()).map(|p| p as u32));
 
         let first_logit = self.logit_rows.len();
         let scoring = sequence.scoring_rows(sequence.planned);
         self.logit_rows.extend(scoring.map(row_of));
         let scored = self.logit_rows.len();
         if sequence.samples_after(sequence.planned) {
-            self.logit_rows.push(row_of(positions.end - 1));
+            let drawing = positions.end - 1..positions.end + drafts.len();
+            self.logit_rows.extend(drawing.map(row_of));
         }
         self.slots.push(Slot {
             index,
@@ -113,7 +121,7 @@ impl BatchBuffer {
         self.prefill_rows
     }
 
-    /// Rows of tokens made by the last step.
+    /// Rows of tokens made by the last step, and of drafts.
     pub(crate) fn decode_rows(&self) -> usize {
         self.tokens.len() - self.prefill_rows
     }

@@ -66,6 +66,11 @@ impl StepTimeModel {
         Duration::from_secs_f64(seconds.clamp(0.0, LONGEST))
     }
 
+    /// Seconds of one more row, once steps of different sizes have been seen.
+    pub(super) fn slope(&self) -> Option<f64> {
+        self.fit().map(|(_, slope)| slope)
+    }
+
     /// Prompt rows beside `decodes` decode rows for a step within `target`; at most `most`, and
     /// that many while nothing is known.
     pub(super) fn chunk(&self, decodes: usize, most: usize, target: Duration) -> usize {

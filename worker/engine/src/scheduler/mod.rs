@@ -19,8 +19,9 @@ use self::chunk::StepTimeModel;
 use crate::config::Limits;
 use crate::kv::KvPages;
 use crate::metrics::{EngineMetrics, StepStats};
-use crate::request::Load;
+use crate::request::{Load, SequenceKey};
 use crate::sequence::{Rank, Sequence};
+use crate::speculation::Slack;
 
 /// Waiting sequences that a step may pass over because another one computes their prefix.
 const MAX_DEFERRED: usize = 32;
@@ -156,8 +157,9 @@ impl Scheduler {
         });
     }
 
-    /// Decides the rows of the next step: `planned` of each running sequence.
-    pub(crate) fn plan(&mut self, now: Instant) {
+    /// Decides the rows of the next step: `planned` of each running sequence. Gives what is left
+    /// for drafts.
+    pub(crate) fn plan(&mut self, now: Instant) -> Slack {
         for sequence in &mut self.running {
             sequence.planned = 0;
         }
@@ -181,6 +183,19 @@ impl Scheduler {
         if !short {
             self.admit(&mut budget, now);
         }
+        let prefill = self.running.iter().filter(|s| !s.is_decoding());
+        Slack {
+            rows: if short { 0 } else { budget.rows },
+            logits: budget.logits,
+            prefill: prefill.map(|s| s.planned).sum(),
+            row_seconds: self.model.slope(),
+        }
+    }
+
+    /// A sequence that holds pages.
+    pub(crate) fn find(&mut self, key: SequenceKey) -> Option<&mut Sequence> {
+        let found = self.running.iter_mut().find(|s| s.key == key);
+        found.map(|sequence| &mut **sequence)
     }
 
     /// What a step of so many rows is predicted to take.

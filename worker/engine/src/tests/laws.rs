@@ -2,12 +2,13 @@
 //! however prompts are cut, whatever is cached, taken away or resumed.
 
 use proptest::prelude::*;
-use shoal_core::Namespace;
+use shoal_core::{Namespace, Speculation, draft_anchor};
 
 use super::fake::{FakeBackend, spec};
 use super::rig::{Collected, Rig, alone, key, request};
 use crate::config::EngineConfig;
 use crate::request::{Finish, Request};
+use crate::speculation::PushedDraft;
 
 const VOCAB: usize = 61;
 /// Fits the smallest pool below, so that every pool gives the same lengths.
@@ -233,6 +234,21 @@ fn cases() -> impl Strategy<Value = Vec<Case>> {
     })
 }
 
+/// The tokens that will come after `done` ones, and after `wrong` of these what will not.
+fn drafted(request: &Request, alone: &Collected, done: usize, wrong: usize) -> PushedDraft {
+    let mut text = request.prompt.clone();
+    text.extend_from_slice(&alone.tokens[..done]);
+    let tokens = alone.tokens[done..].iter().enumerate();
+    PushedDraft {
+        base: done as u32,
+        anchor: draft_anchor(&text),
+        tokens: tokens
+            .map(|(i, &token)| if i < wrong { token } else { 0 })
+            .collect(),
+        parents: Vec::new(),
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
@@ -247,14 +263,20 @@ proptest! {
         max_running in 1usize..16,
         logit_rows in 2usize..20,
         prefix_cache in any::<bool>(),
+        speculation in prop_oneof![
+            Just(Speculation::Off), Just(Speculation::Auto), (1u32..33).prop_map(Speculation::Fixed),
+        ],
+        wrong in 0usize..12,
     ) {
         let config = EngineConfig {
             prefill_chunk,
             step_rows,
             max_running,
             prefix_cache,
+            speculation,
             ..EngineConfig::default()
         };
+        let alone: Vec<_> = cases.iter().map(|case| lone(&case.request)).collect();
         let backend = FakeBackend::new(pages, spec(VOCAB, CONTEXT)).with_rows(64, logit_rows);
         let mut rig = Rig::new(backend, &config);
         for step in 0..60 {
@@ -265,16 +287,18 @@ proptest! {
                 if case.cancelled_after.is_some_and(|after| case.arrives + after == step) {
                     rig.cancel(id);
                 }
+                let done = rig.collected.get(&key(id)).map_or(0, |c| c.tokens.len());
+                rig.stepper.draft(key(id), drafted(&case.request, &alone[id as usize], done, wrong));
             }
             rig.step();
         }
         rig.run();
-        for (id, case) in (0..).zip(&cases) {
-            let (got, expected) = (rig.of(id), lone(&case.request));
+        for (id, expected) in (0..).zip(&alone) {
+            let got = rig.of(id);
             if got.finish() == Some(Finish::Cancelled) {
                 prop_assert!(expected.tokens.starts_with(&got.tokens));
             } else {
-                assert_same(got, &expected);
+                assert_same(got, expected);
             }
         }
         let (_, load) = rig.stepper.output();

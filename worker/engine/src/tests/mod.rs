@@ -6,3 +6,4 @@ mod laws;
 mod policy;
 mod rig;
 mod scoring;
+mod speculation;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use shoal_core::{Namespace, Sampling, Scoring, Stopping};
+use shoal_core::{Namespace, Sampling, Scoring, Speculation, Stopping};
 
 use super::fake::FakeBackend;
 use crate::backend::Backend;
@@ -41,6 +41,8 @@ pub(crate) fn request(id: u64, prompt: Vec<u32>, max_tokens: u32) -> Request {
         namespace: Namespace::new("tenant", ""),
         priority: 0,
         deadline: None,
+        speculation: Speculation::Auto,
+        corpora: Vec::new(),
     }
 }
 
@@ -66,6 +68,7 @@ pub(crate) struct Rig {
     limits: Limits,
     resumed: HashMap<SequenceKey, usize>,
     millis: Arc<AtomicU64>,
+    pace: Arc<AtomicU64>,
     start: Instant,
     ordinal: u64,
 }
@@ -76,7 +79,12 @@ impl Rig {
         let metrics = EngineMetrics::default();
         let (start, millis) = (Instant::now(), Arc::new(AtomicU64::new(0)));
         let time = Arc::clone(&millis);
-        let clock = move || start + Duration::from_millis(time.load(Ordering::Relaxed));
+        let pace = Arc::new(AtomicU64::new(0));
+        let passes = Arc::clone(&pace);
+        let clock = move || {
+            let passing = passes.load(Ordering::Relaxed);
+            start + Duration::from_millis(time.fetch_add(passing, Ordering::Relaxed))
+        };
         Self {
             stepper: Stepper::new(
                 Box::new(backend),
@@ -89,6 +97,7 @@ impl Rig {
             limits,
             resumed: HashMap::new(),
             millis,
+            pace,
             start,
             ordinal: 0,
         }
@@ -101,6 +110,11 @@ impl Rig {
 
     pub(crate) fn set_time(&self, millis: u64) {
         self.millis.store(millis, Ordering::Relaxed);
+    }
+
+    /// Lets so many milliseconds pass with every look at the clock.
+    pub(crate) fn set_pace(&self, millis: u64) {
+        self.pace.store(millis, Ordering::Relaxed);
     }
 
     pub(crate) fn submit(&mut self, request: Request) -> Result<(), SubmitError> {
@@ -168,7 +182,7 @@ impl Rig {
     }
 }
 
-/// The tokens a request gives alone, in one chunk, with nothing cached.
+/// The tokens a request gives alone, in one chunk, with nothing cached and nothing drafted.
 pub(crate) fn alone(request: Request, vocab: usize, context: usize) -> Collected {
     let backend = FakeBackend::new(256, super::fake::spec(vocab, context));
     assert!(backend.max_rows() > request.prompt.len());
@@ -176,6 +190,7 @@ pub(crate) fn alone(request: Request, vocab: usize, context: usize) -> Collected
         prefill_chunk: 4096,
         step_rows: 4096,
         prefix_cache: false,
+        speculation: Speculation::Off,
         ..EngineConfig::default()
     };
     let mut rig = Rig::new(backend, &config);

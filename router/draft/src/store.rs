@@ -1,0 +1,205 @@
+//! The corpora of a worker, by scope, within one budget.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use shoal_core::{DraftScope, TokenId};
+
+use crate::corpus::Corpus;
+
+/// A corpus with one writer. Readers never wait for it: they do without.
+pub type SharedCorpus = Arc<RwLock<Corpus>>;
+
+/// Tokens that are added under one lock.
+const PIECE: usize = 1024;
+/// A scope's greatest share of the budget.
+const SHARE: usize = 4;
+/// Bytes of a full corpus's token.
+const TOKEN_BYTES: usize = 12;
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct Store {
+    budget: usize,
+    ttl: Duration,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    entries: HashMap<DraftScope, Entry>,
+    /// Rises with every use.
+    clock: u64,
+    /// Of all corpora.
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Entry {
+    corpus: SharedCorpus,
+    used: u64,
+    bytes: usize,
+}
+
+impl Store {
+    /// An empty store that holds so many bytes at most, and a text for so long.
+    pub fn new(budget: usize, ttl: Duration) -> Self {
+        Self {
+            budget,
+            ttl,
+            table: Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The corpus of a scope, if there is text of it.
+    pub fn get(&self, scope: &DraftScope) -> Option<SharedCorpus> {
+        let mut table = self.lock();
+        table.clock += 1;
+        let clock = table.clock;
+        let entry = table.entries.get_mut(scope)?;
+        entry.used = clock;
+        Some(entry.corpus.clone())
+    }
+
+    /// Adds a text that was made `age` ago. The scopes that were used least recently go where
+    /// the budget is spent.
+    pub fn add(&self, scope: DraftScope, text: &[TokenId], age: Duration) {
+        let now = Instant::now();
+        let made = now.checked_sub(age).unwrap_or(now);
+        if text.is_empty() || age >= self.ttl {
+            return;
+        }
+        let corpus = {
+            let mut table = self.lock();
+            table.clock += 1;
+            let clock = table.clock;
+            let entry = table.entries.entry(scope).or_insert_with(|| Entry {
+                corpus: Arc::new(RwLock::new(Corpus::new(self.budget / SHARE / TOKEN_BYTES))),
+                used: 0,
+                bytes: 0,
+            });
+            entry.used = clock;
+            entry.corpus.clone()
+        };
+        // A piece at a time, so that a reader that comes meanwhile misses one lookup at most.
+        for piece in text.chunks(PIECE) {
+            let mut corpus = corpus.write().unwrap_or_else(PoisonError::into_inner);
+            if let Some(oldest) = now.checked_sub(self.ttl) {
+                corpus.expire(oldest);
+            }
+            corpus.push(piece, made);
+        }
+        let bytes = corpus
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .bytes();
+        self.account(scope, bytes);
+    }
+
+    fn account(&self, scope: DraftScope, bytes: usize) {
+        let mut table = self.lock();
+        let table = &mut *table;
+        if let Some(entry) = table.entries.get_mut(&scope) {
+            table.bytes = table.bytes + bytes - std::mem::replace(&mut entry.bytes, bytes);
+        }
+        while table.bytes > self.budget && table.entries.len() > 1 {
+            let oldest = table.entries.iter().min_by_key(|(_, entry)| entry.used);
+            let Some(oldest) = oldest.map(|(scope, _)| *scope) else {
+                return;
+            };
+            table.remove(&oldest);
+        }
+    }
+
+    /// Forgets the text of a scope, also for those who hold its corpus.
+    pub fn erase(&self, scope: &DraftScope) {
+        let corpus = self.lock().remove(scope);
+        if let Some(corpus) = corpus {
+            corpus
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clear();
+        }
+    }
+
+    /// Bytes of all corpora.
+    pub fn bytes(&self) -> usize {
+        self.lock().bytes
+    }
+}
+
+impl Table {
+    fn remove(&mut self, scope: &DraftScope) -> Option<SharedCorpus> {
+        let entry = self.entries.remove(scope)?;
+        self.bytes -= entry.bytes;
+        Some(entry.corpus)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn scope(name: &str) -> DraftScope {
+        DraftScope::tenant("model", b"tokenizer", name, "")
+    }
+
+    fn knows(store: &Store, name: &str, context: &[TokenId]) -> bool {
+        let corpus = store.get(&scope(name));
+        corpus.is_some_and(|corpus| corpus.read().unwrap().longest(context).is_some())
+    }
+
+    #[test]
+    fn scopes_are_walls() {
+        let store = Store::new(1 << 20, HOUR);
+        store.add(scope("a"), &[1, 2, 3, 4, 5], Duration::ZERO);
+        store.add(scope("b"), &[6, 7, 8, 9, 10], Duration::ZERO);
+        assert!(knows(&store, "a", &[1, 2, 3, 4]));
+        assert!(!knows(&store, "b", &[1, 2, 3, 4]));
+        assert!(!knows(&store, "c", &[1, 2, 3, 4]));
+    }
+
+    #[test]
+    fn what_is_erased_is_gone_for_those_who_hold_it() {
+        let store = Store::new(1 << 20, HOUR);
+        store.add(scope("a"), &[1, 2, 3, 4, 5], Duration::ZERO);
+        let held = store.get(&scope("a")).unwrap();
+        store.erase(&scope("a"));
+        assert!(held.read().unwrap().is_empty());
+        assert_eq!(store.bytes(), 0);
+        assert!(!knows(&store, "a", &[1, 2, 3, 4]));
+    }
+
+    #[test]
+    fn what_is_too_old_is_not_taken() {
+        let store = Store::new(1 << 20, HOUR);
+        store.add(scope("a"), &[1, 2, 3, 4, 5], HOUR);
+        assert!(store.get(&scope("a")).is_none());
+    }
+
+    #[test]
+    fn the_scope_that_is_not_used_goes_first() {
+        let text: Vec<TokenId> = (0..100).collect();
+        let probe = Store::new(1 << 20, HOUR);
+        probe.add(scope("a"), &text, Duration::ZERO);
+        let budget = 9 * probe.bytes() / 2;
+        let store = Store::new(budget, HOUR);
+        for name in ["a", "b", "c", "d"] {
+            store.add(scope(name), &text, Duration::ZERO);
+        }
+        assert!(knows(&store, "a", &text[..8]));
+        store.add(scope("e"), &text, Duration::ZERO);
+        for name in ["a", "c", "d", "e"] {
+            assert!(knows(&store, name, &text[..8]), "{name}");
+        }
+        assert!(!knows(&store, "b", &text[..8]));
+        assert!(store.bytes() <= budget);
+    }
+}
