@@ -29,9 +29,8 @@ impl Setting {
             "listen" => ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"],
             "prefix_cache" => ["true", "false", "true"],
             "request_timeout" | "resume_window" | "worker_silence" | "worker_stall"
-            | "itl_target" | "priority_aging" | "drain" | "drain_timeout" | "ttl" => {
-                ["1s", "2s", "3s"]
-            }
+            | "itl_target" | "priority_aging" | "drain" | "drain_timeout" | "ttl"
+            | "rank_timeout" | "corpus_ttl" => ["1s", "2s", "3s"],
             _ => ["1", "2", "3"],
         };
         values.map(str::to_owned)
@@ -42,7 +41,7 @@ impl Setting {
             "workers" => format!("['{value}']"),
             "prefix_cache" | "max_running" | "max_waiting" | "max_body_bytes"
             | "default_max_tokens" | "threads" | "context" | "step_rows" | "prefill_chunk"
-            | "max_sessions" | "replicas" => value.to_owned(),
+            | "max_sessions" | "replicas" | "tensor_parallel" => value.to_owned(),
             _ => format!("'{value}'"),
         }
     }
