@@ -12,6 +12,7 @@ use crate::config::{
     LogSettings, MembershipSettings, RouterSettings, StoreSettings, TraceSettings, UpSettings,
     WorkerSettings,
 };
+use crate::corpus::CorpusCommand;
 use crate::operate::{DrainArgs, StatusArgs, UndrainArgs};
 use crate::store::ModelSource;
 
@@ -109,6 +110,10 @@ Examples:
 
     /// Have a drained worker group take requests again
     Undrain(UndrainArgs),
+
+    /// Load, list and drop the text that drafts
+    #[command(subcommand)]
+    Corpus(CorpusCommand),
 
     /// Inspect, fetch and list model files
     #[command(subcommand)]

@@ -14,6 +14,7 @@ use crate::bench::BenchError;
 use crate::bench::engine::EngineBenchError;
 use crate::chat::ChatError;
 use crate::config::ConfigError;
+use crate::corpus::CorpusError;
 use crate::operate::OperateError;
 use crate::store::StoreError;
 use crate::up::UpError;
@@ -60,6 +61,8 @@ pub(crate) enum CliError {
         path: PathBuf,
         source: EngineBenchError,
     },
+    #[error(transparent)]
+    Corpus(#[from] CorpusError),
 }
 
 impl CliError {
@@ -84,6 +87,7 @@ impl CliError {
             Self::Bench(error) => error.class(),
             Self::Operate(error) => error.class(),
             Self::EngineBench { source, .. } => source.class(),
+            Self::Corpus(error) => error.class(),
         }
     }
 }

@@ -7,6 +7,7 @@ mod bench;
 mod chat;
 mod client;
 mod config;
+mod corpus;
 mod error;
 mod inspect;
 mod model;
@@ -105,6 +106,11 @@ fn run(cli: Cli, started: Instant) -> Result<(), CliError> {
         Command::Chat(args) => {
             start_log(log, "warn")?;
             block_on(chat::run(args))?;
+        }
+        Command::Corpus(command) => {
+            start_log(log, "warn")?;
+            let lines = block_on(corpus::run(command))?;
+            model::print(|out| lines.iter().try_for_each(|line| writeln!(out, "{line}")))?;
         }
         Command::Status(args) => {
             start_log(log, "warn")?;

@@ -41,7 +41,7 @@ impl Setting {
             "workers" => format!("['{value}']"),
             "prefix_cache" | "max_running" | "max_waiting" | "max_body_bytes"
             | "default_max_tokens" | "threads" | "context" | "step_rows" | "prefill_chunk"
-            | "max_sessions" | "replicas" | "tensor_parallel" => value.to_owned(),
+            | "max_sessions" | "replicas" | "tensor_parallel" | "corpus_users" => value.to_owned(),
             _ => format!("'{value}'"),
         }
     }

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 
 use crate::{
     admission::Throughput,
+    corpus::Corpora,
     error::RequestError,
     link,
     metrics::{Metrics, WorkerStatus},
@@ -54,6 +55,8 @@ pub(crate) struct Cluster {
     /// The models ever seen, newest last, one per name.
     models: ArcSwap<Vec<Arc<Model>>>,
     pub(crate) texts: TextCache,
+    /// Text that drafts, for the workers.
+    pub(crate) corpora: Arc<Corpora>,
     changes: watch::Sender<()>,
     pub(crate) metrics: Metrics,
     routing: Routing,
@@ -68,6 +71,7 @@ impl Cluster {
         config: LinkConfig,
         routing: Routing,
         metrics: Metrics,
+        corpora: Arc<Corpora>,
         shutdown: &Shutdown,
     ) -> Arc<Self> {
         let cluster = Arc::new(Self {
@@ -76,6 +80,7 @@ impl Cluster {
             routers: ArcSwap::default(),
             models: ArcSwap::default(),
             texts: TextCache::default(),
+            corpora,
             changes: watch::Sender::default(),
             metrics,
             routing,

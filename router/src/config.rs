@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
+use shoal_draft::LedgerConfig;
 use shoal_fabric::{
     membership::{Endpoint, Membership, Static},
     net::{ClientConfig, Limits, ListenConfig},
@@ -47,6 +48,8 @@ pub struct RouterArgs {
     pub resume_window: Duration,
     /// For open answers after the shutdown's start; then they end with an error.
     pub drain: Duration,
+    /// What answers draft for, and for how long.
+    pub corpus: LedgerConfig,
     /// How the worker of a sequence is chosen.
     pub routing: Routing,
     /// A worker that says nothing for so long gets nothing new, and its sequences move.
@@ -74,6 +77,7 @@ impl Default for RouterArgs {
             default_max_tokens: None,
             resume_window: Duration::from_secs(30),
             drain: Duration::from_secs(30),
+            corpus: LedgerConfig::default(),
             routing: Routing::default(),
             worker_silence: Duration::from_millis(400),
             worker_stall: Duration::from_millis(400),
@@ -97,6 +101,7 @@ pub struct RouterConfig {
     pub(crate) default_max_tokens: Option<u32>,
     pub(crate) resume_window: Duration,
     pub(crate) drain: Duration,
+    pub(crate) corpus: LedgerConfig,
 }
 
 /// For clients to read the ends of their answers once there is nothing more to come.
@@ -126,7 +131,13 @@ impl TryFrom<RouterArgs> for RouterConfig {
             "default_max_tokens",
             "at least 1",
         )?;
+        check(
+            (1..=LedgerConfig::MOST_USERS).contains(&args.corpus.users),
+            "corpus_users",
+            "in [1, 4]",
+        )?;
         for (setting, time) in [
+            ("corpus_ttl", args.corpus.ttl),
             ("request_timeout", args.request_timeout),
             ("worker_silence", args.worker_silence),
             ("worker_stall", args.worker_stall),
@@ -178,6 +189,7 @@ impl TryFrom<RouterArgs> for RouterConfig {
             default_max_tokens: args.default_max_tokens,
             resume_window: args.resume_window,
             drain: args.drain,
+            corpus: args.corpus,
         })
     }
 }
@@ -237,6 +249,16 @@ mod tests {
                     ..args()
                 },
                 "worker_stall",
+            ),
+            (
+                RouterArgs {
+                    corpus: LedgerConfig {
+                        users: 0,
+                        ..LedgerConfig::default()
+                    },
+                    ..args()
+                },
+                "corpus_users",
             ),
             (
                 RouterArgs {

@@ -252,6 +252,7 @@ impl Generation {
             Finish::Unspecified => {}
             Finish::Stop | Finish::Length => {
                 self.at = None;
+                self.learn();
                 news.end = Some(End {
                     stopped: finish == Finish::Stop,
                     usage: output.usage.unwrap_or_default(),
@@ -267,11 +268,17 @@ impl Generation {
         Ok(news)
     }
 
-    /// Ends it at the worker and returns what it cost, as far as the worker says so in time.
+    /// Its answer is complete: it drafts for later ones.
+    fn learn(&self) {
+        self.dispatch.cluster.corpora.learn(&self.job, &self.output);
+    }
+
+    /// Ends it at the worker, complete as it is, and returns what it cost, as far as the worker says so in time.
     pub(crate) async fn cancel(&mut self) -> SequenceUsage {
         let Some(Stay { attachment, .. }) = &self.at else {
             return SequenceUsage::default();
         };
+        self.learn();
         attachment.cancel();
         let farewell = async {
             loop {

@@ -24,6 +24,7 @@ use crate::error::{RequestError, RouterError};
 /// tokens_per_minute = 200000   # prompt and output
 /// max_concurrent = 32
 /// max_priority = "default"     # bulk, default or interactive
+/// remember = false             # answers draft for their own conversation only
 ///
 /// [[keys]]
 /// sha256 = "2bb80d53…"         # printf %s KEY | sha256sum
@@ -61,6 +62,7 @@ struct RawTenant {
     tokens_per_minute: Option<u32>,
     max_concurrent: Option<u32>,
     max_priority: Option<RawPriority>,
+    remember: Option<bool>,
 }
 
 #[derive(Clone, Copy, Deserialize)]
@@ -158,6 +160,8 @@ fn parse_hash(hex: &str) -> Option<[u8; 32]> {
 #[derive(Debug)]
 pub(crate) struct Tenant {
     pub(crate) name: Arc<str>,
+    /// Whether answers draft for later ones.
+    pub(crate) remembers: bool,
     max_priority: Priority,
     max_concurrent: u32,
     usage: Mutex<Usage>,
@@ -212,6 +216,7 @@ impl From<RawTenant> for Tenant {
     fn from(raw: RawTenant) -> Self {
         Self {
             name: raw.name.into(),
+            remembers: raw.remember.unwrap_or(true),
             max_priority: match raw.max_priority {
                 Some(RawPriority::Bulk) => Priority::Bulk,
                 Some(RawPriority::Default) => Priority::Default,

@@ -1,6 +1,6 @@
 //! The connection to one worker, kept up for as long as the worker is a member.
 
-use std::{sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use shoal_fabric::net::{self, NetError};
 use shoal_proto::{
@@ -30,6 +30,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_BUNDLE: usize = 256 << 20;
 /// Largest frame of a worker: one step's output with prompt log-probabilities.
 const MAX_FRAME: usize = 64 << 20;
+/// Before text that drafts is offered again to a worker that ended its stream.
+const FEED_PAUSE: Duration = Duration::from_secs(5);
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 /// Short, since a worker that is back should not wait for work.
 const LONGEST_BACKOFF: Duration = Duration::from_millis(500);
@@ -135,16 +137,32 @@ impl Link {
             epoch = model.description.epoch,
             "worker connected"
         );
-        let connected = Arc::new(Connected::new(model, session.0.clone(), client.clone()));
+        let connected = Arc::new(Connected::new(
+            model.clone(),
+            session.0.clone(),
+            client.clone(),
+        ));
         self.cluster.connect(&self.worker, connected.clone());
         let end = tokio::select! {
             end = self.read(&connected, frames.into_inner()) => end,
-            () = self.follow(&connected, client) => Ok(()),
+            () = self.follow(&connected, client.clone()) => Ok(()),
+            never = self.feed(client, &model) => match never {},
         };
         if connected.session.placed().sequences > 0 {
             self.worker.breaker.fail();
         }
         end
+    }
+
+    /// Sends the worker text that drafts. Without it the worker is slower, and nothing else.
+    async fn feed(&self, client: WorkerClient<Channel>, model: &Model) -> Infallible {
+        loop {
+            let end = self.cluster.corpora.feed(client.clone(), model).await;
+            if let Err(status) = end {
+                tracing::debug!(worker = %self.worker.address, %status, "no text was taken");
+            }
+            tokio::time::sleep(FEED_PAUSE).await;
+        }
     }
 
     async fn text(

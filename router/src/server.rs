@@ -18,6 +18,7 @@ use crate::{
     api::{self, Grpc},
     cluster::Cluster,
     config::RouterConfig,
+    corpus::Corpora,
     error::RouterError,
     metrics::{Metrics, StateCollector},
     service::{Parts, Service},
@@ -57,6 +58,7 @@ impl Server {
         let Self { listener, config } = self;
         let address = listener.local_addr().map_err(RouterError::Address)?;
         let (own, record) = watch::channel(own(config.name, config.advertise, address)?);
+        let corpora = Arc::new(Corpora::new(config.corpus));
         let registry = Registry::default();
         let metrics = Metrics::new(&registry);
         // Links outlive the shutdown's start: open answers still need them.
@@ -65,6 +67,7 @@ impl Server {
             config.link,
             config.routing,
             metrics.clone(),
+            corpora,
             &shutdown,
         );
         let admission = Admission::new(config.admission);

@@ -5,6 +5,7 @@
 
 mod bulk;
 mod config;
+mod corpus;
 mod error;
 mod group;
 mod load;

@@ -4,14 +4,14 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, stream};
 use shoal_proto::worker::{
-    BulkFrame, BulkRequest, Chunk, DescribeRequest, DrainRequest, DrainResponse,
-    FetchTokenizerRequest, ModelDescription, RouterFrame, UndrainRequest, UndrainResponse,
-    WorkerFrame, worker_server,
+    BulkFrame, BulkRequest, Chunk, CorpusPosition, CorpusRecord, DescribeRequest, DrainRequest,
+    DrainResponse, FetchTokenizerRequest, ModelDescription, RouterFrame, UndrainRequest,
+    UndrainResponse, WorkerFrame, worker_server,
 };
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    bulk, session,
+    bulk, corpus, session,
     sessions::Full,
     worker::{Closing, Worker},
 };
@@ -40,6 +40,7 @@ impl worker_server::Worker for Service {
     type FetchTokenizerStream = Frames<Chunk>;
     type SessionStream = Frames<WorkerFrame>;
     type BulkStream = Frames<BulkFrame>;
+    type CorpusStream = Frames<CorpusPosition>;
 
     async fn describe(
         &self,
@@ -85,6 +86,14 @@ impl worker_server::Worker for Service {
         let serving = worker.serving().await?;
         let frames = bulk::start(worker, serving, request.into_inner());
         Ok(Response::new(Box::pin(frames)))
+    }
+
+    async fn corpus(
+        &self,
+        request: Request<Streaming<CorpusRecord>>,
+    ) -> Result<Response<Self::CorpusStream>, Status> {
+        let positions = corpus::follow(self.0.clone(), request.into_inner());
+        Ok(Response::new(Box::pin(positions)))
     }
 
     async fn drain(

@@ -174,7 +174,7 @@ impl Session {
         // Before the engine can end it.
         self.spans().insert((sequence, attempt), trace);
         let identity = &self.serving.identity;
-        let (session, corpora) = (self.seat.id, &self.worker.corpora);
+        let (session, corpora) = (self.seat.id, &self.worker.corpora.store);
         let result = wire::request(submit, session, identity, corpora, Instant::now())
             .and_then(|request| Ok(self.serving.engine.submit(request)?));
         let Err(refusal) = result else { return };

@@ -6,7 +6,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use shoal_draft::Store;
 use shoal_engine::engine::EngineHandle;
 use shoal_fabric::shutdown::Shutdown;
 use shoal_proto::worker::{ModelDescription, WorkerState};
@@ -14,8 +13,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::WorkerConfig, group::Watch, metrics::WorkerMetrics, pages::Pages, sessions::Sessions,
-    wire::Identity,
+    config::WorkerConfig, corpus::Corpora, group::Watch, metrics::WorkerMetrics, pages::Pages,
+    sessions::Sessions, wire::Identity,
 };
 
 /// Between looks at an engine that drains.
@@ -49,8 +48,7 @@ pub(crate) struct Worker {
     state: watch::Sender<WorkerState>,
     pub(crate) sessions: Arc<Sessions>,
     pub(crate) pages: Arc<Pages>,
-    /// Texts that draft.
-    pub(crate) corpora: Store,
+    pub(crate) corpora: Corpora,
     pub(crate) metrics: WorkerMetrics,
     pub(crate) shutdown: Shutdown,
     /// The sessions end.
@@ -69,7 +67,7 @@ impl Worker {
             state: watch::Sender::new(WorkerState::Starting),
             sessions: Arc::new(Sessions::new(config.max_sessions, config.session_backlog)),
             pages: Arc::default(),
-            corpora: Store::new(config.corpus_bytes, config.corpus_ttl),
+            corpora: Corpora::new(config),
             metrics: WorkerMetrics::default(),
             shutdown,
             closing: CancellationToken::new(),

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use shoal_router::RouterArgs;
+use shoal_router::{LedgerConfig, RouterArgs};
 
-use super::values::Time;
+use super::values::{Size, Time};
 use super::{ConfigError, Section, tls};
 
 /// A router's settings as flags, variables and the file give them.
@@ -66,6 +66,19 @@ pub(crate) struct RouterSettings {
     /// For open answers after a signal; then they end with an error [default: 30s]
     #[arg(long, env = "SHOAL_ROUTER_DRAIN", value_name = "TIME")]
     pub(crate) drain: Option<Time>,
+
+    /// Memory of the answers that draft for later ones [default: 256MiB]
+    #[arg(long, env = "SHOAL_ROUTER_CORPUS_SIZE", value_name = "SIZE")]
+    pub(crate) corpus_size: Option<Size>,
+
+    /// How long an answer drafts [default: 1day]
+    #[arg(long, env = "SHOAL_ROUTER_CORPUS_TTL", value_name = "TIME")]
+    pub(crate) corpus_ttl: Option<Time>,
+
+    /// Users of a tenant who must have been answered alike before the words draft for the others
+    /// of it, 1 to 4 [default: 3]
+    #[arg(long, env = "SHOAL_ROUTER_CORPUS_USERS", value_name = "N")]
+    pub(crate) corpus_users: Option<usize>,
 
     /// How workers are chosen: cost, round-robin, least-load or power-of-two [default: cost]
     #[arg(long, env = "SHOAL_ROUTER_ROUTING", value_name = "ROUTING")]
@@ -144,6 +157,13 @@ impl TryFrom<RouterSettings> for RouterArgs {
             routing: match raw.routing {
                 Some(name) => name.parse()?,
                 None => default.routing,
+            },
+            corpus: LedgerConfig {
+                users: raw.corpus_users.unwrap_or(default.corpus.users),
+                ttl: time(raw.corpus_ttl, default.corpus.ttl),
+                bytes: raw.corpus_size.map_or(default.corpus.bytes, |size| {
+                    usize::try_from(size.0).unwrap_or(usize::MAX)
+                }),
             },
             worker_silence: time(raw.worker_silence, default.worker_silence),
             worker_stall: time(raw.worker_stall, default.worker_stall),

@@ -4,12 +4,15 @@
 
 #![forbid(unsafe_code)]
 
+mod census;
 mod chains;
 mod corpus;
+mod ledger;
 mod session;
 mod store;
 
 pub use chains::{LONGEST_MATCH, Match};
 pub use corpus::Corpus;
+pub use ledger::{Answer, Event, Ledger, LedgerConfig, Listed, Owner, Record};
 pub use session::SessionIndex;
 pub use store::{SharedCorpus, Store};

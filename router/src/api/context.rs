@@ -13,7 +13,12 @@ use tokio::time::Instant;
 use tracing::{Instrument, field::Empty, info_span};
 
 use super::account;
-use crate::{error::RequestError, keys::Caller, request::Arrival, service::Service};
+use crate::{
+    error::RequestError,
+    keys::{Caller, Tenant},
+    request::Arrival,
+    service::Service,
+};
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const LONGEST_REQUEST_ID: usize = 128;
@@ -49,6 +54,12 @@ impl Context {
             Some(_) => Err(RequestError::Forbidden),
             None => Err(RequestError::Unauthenticated),
         }
+    }
+
+    /// The caller's tenant.
+    pub(super) fn tenant(self) -> Result<Arc<Tenant>, RequestError> {
+        let caller = self.caller.ok_or(RequestError::Unauthenticated)?;
+        Ok(caller.tenant)
     }
 
     /// Whether the caller is known.

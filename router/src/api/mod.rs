@@ -5,6 +5,7 @@ mod account;
 mod admin;
 mod body;
 mod context;
+mod corpus;
 mod error;
 mod grpc;
 mod openai;
@@ -23,7 +24,9 @@ use axum::{
 use http::{Method, Uri};
 use shoal_fabric::{metrics::Registry, net::one_port};
 use shoal_proto::{
-    DESCRIPTORS, admin::admin_server::AdminServer, inference::inference_server::InferenceServer,
+    DESCRIPTORS,
+    admin::admin_server::AdminServer,
+    inference::{corpus_server::CorpusServer, inference_server::InferenceServer},
 };
 use tonic::service::Routes;
 use tonic_health::pb::health_server::{Health, HealthServer};
@@ -46,8 +49,11 @@ pub(crate) fn app(
     };
     let inference = InferenceServer::new(Grpc(service.clone()))
         .max_decoding_message_size(service.max_body_bytes);
+    let corpora = CorpusServer::new(corpus::Corpus(service.clone()))
+        .max_decoding_message_size(service.max_body_bytes);
     let grpc = Routes::new(inference)
         .add_service(AdminServer::new(operate::Admin(service.clone())))
+        .add_service(corpora)
         .add_service(health)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?);

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bundle;
+mod corpus;
 mod disconnect;
 mod errors;
 mod failover;

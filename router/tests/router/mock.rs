@@ -15,10 +15,10 @@ use sha2::{Digest, Sha256};
 use shoal_proto::{
     PROTOCOL_VERSION,
     worker::{
-        BulkFrame, BulkRequest, Cancel, Chunk, DescribeRequest, DrainRequest, DrainResponse,
-        FetchTokenizerRequest, Finish, Load, Logprob, ModelDescription, Pong, RejectReason,
-        Rejected, RouterFrame, SequenceOutput, SequenceUsage, StateChange, StepOutput, Submit,
-        UndrainRequest, UndrainResponse, WorkerFrame, WorkerState,
+        BulkFrame, BulkRequest, Cancel, Chunk, CorpusPosition, CorpusRecord, DescribeRequest,
+        DrainRequest, DrainResponse, FetchTokenizerRequest, Finish, Load, Logprob,
+        ModelDescription, Pong, RejectReason, Rejected, RouterFrame, SequenceOutput, SequenceUsage,
+        StateChange, StepOutput, Submit, UndrainRequest, UndrainResponse, WorkerFrame, WorkerState,
         router_frame::Frame as Up,
         worker_frame::Frame as Down,
         worker_server::{Worker, WorkerServer},
@@ -77,6 +77,7 @@ impl Script {
 pub(crate) enum Seen {
     Submit(Box<Submit>),
     Cancel(Cancel),
+    Corpus(Box<CorpusRecord>),
 }
 
 #[derive(Debug)]
@@ -200,6 +201,28 @@ impl Mock {
         seen.filter(|seen| matches!(seen, Seen::Submit(_))).count()
     }
 
+    /// The next record that erases text.
+    pub(crate) async fn erased(&mut self) -> CorpusRecord {
+        loop {
+            if let Seen::Corpus(record) = self.seen.recv().await.unwrap()
+                && record.erase
+            {
+                return *record;
+            }
+        }
+    }
+
+    /// The next record with text that drafts.
+    pub(crate) async fn text(&mut self) -> CorpusRecord {
+        loop {
+            if let Seen::Corpus(record) = self.seen.recv().await.unwrap()
+                && !record.tokens.is_empty()
+            {
+                return *record;
+            }
+        }
+    }
+
     /// The next cancellation.
     pub(crate) async fn cancelled(&mut self) -> Cancel {
         loop {
@@ -216,6 +239,11 @@ impl Mock {
     }
 }
 
+/// Of the bundle.
+pub(crate) fn tokenizer_sha256() -> Vec<u8> {
+    Sha256::digest(bundle().encode_to_vec()).to_vec()
+}
+
 struct Service(Arc<Shared>);
 
 #[tonic::async_trait]
@@ -223,6 +251,7 @@ impl Worker for Service {
     type FetchTokenizerStream = BoxStream<'static, Result<Chunk, Status>>;
     type SessionStream = BoxStream<'static, Result<WorkerFrame, Status>>;
     type BulkStream = BoxStream<'static, Result<BulkFrame, Status>>;
+    type CorpusStream = BoxStream<'static, Result<CorpusPosition, Status>>;
 
     async fn describe(
         &self,
@@ -235,7 +264,7 @@ impl Worker for Service {
             quantization: "none".into(),
             context_length: CONTEXT,
             vocab_size: bundle().tokens.len() as u32,
-            tokenizer_sha256: Sha256::digest(bundle().encode_to_vec()).to_vec(),
+            tokenizer_sha256: tokenizer_sha256(),
             numerics_id: b"mock".to_vec(),
             epoch: *self.0.epoch.lock().unwrap(),
             state: *self.0.state.borrow() as i32,
@@ -271,6 +300,22 @@ impl Worker for Service {
         };
         tokio::spawn(session.run(request.into_inner()));
         Ok(Response::new(ReceiverStream::new(frames).boxed()))
+    }
+
+    async fn corpus(
+        &self,
+        request: Request<Streaming<CorpusRecord>>,
+    ) -> Result<Response<Self::CorpusStream>, Status> {
+        let (records, seen) = (request.into_inner(), self.0.seen.clone());
+        let first = futures::stream::iter([Ok(CorpusPosition { next: 0 })]);
+        // Every record is one, the first included: it says whose log this is.
+        let rest = records.filter_map(move |record| {
+            if let Ok(record) = record {
+                seen.send(Seen::Corpus(Box::new(record))).ok();
+            }
+            std::future::ready(None)
+        });
+        Ok(Response::new(first.chain(rest).boxed()))
     }
 
     async fn bulk(

@@ -1,0 +1,276 @@
+use super::*;
+use crate::store::Store;
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+fn config(users: usize) -> LedgerConfig {
+    LedgerConfig {
+        users,
+        ttl: HOUR,
+        bytes: 1 << 20,
+    }
+}
+
+fn owner(tenant: &str) -> Owner {
+    Owner {
+        model: "m".into(),
+        tenant: tenant.into(),
+        scope: DraftScope::tenant("m", b"t", tenant, ""),
+    }
+}
+
+fn text(first: TokenId, tokens: usize) -> Vec<TokenId> {
+    (first..).take(tokens).collect()
+}
+
+fn learn(ledger: &mut Ledger, tenant: &str, user: &str, tokens: &[TokenId]) {
+    let owner = owner(tenant);
+    let answer = Answer {
+        user: owner.scope.user(user),
+        owner,
+        tokens,
+        secrets: Vec::new(),
+    };
+    ledger.learn(answer, Instant::now());
+}
+
+/// A worker that has followed the whole log.
+fn worker(ledger: &Ledger) -> Store {
+    let store = Store::new(64 << 20, HOUR);
+    let mut from = 0;
+    while from < ledger.next() {
+        let (records, next) = ledger.read(from, "m", 1000);
+        for record in records {
+            match &record.event {
+                Event::Text(tokens) => store.add(record.scope, tokens, Duration::ZERO),
+                Event::Erased => store.erase(&record.scope),
+            }
+        }
+        from = next;
+    }
+    store
+}
+
+/// How many of `tokens` are drafted after the first eight, for a user of a tenant.
+fn drafted(store: &Store, tenant: &str, user: &str, tokens: &[TokenId]) -> usize {
+    let scope = owner(tenant).scope;
+    let scopes = [scope.user(user), scope, scope.public()];
+    let right = |scope: &DraftScope| {
+        let corpus = store.get(scope)?;
+        let corpus = corpus.read().unwrap();
+        let found = corpus.longest(&tokens[..8])?;
+        let guesses = corpus.read(found.next, 32);
+        Some(
+            guesses
+                .zip(&tokens[8..])
+                .take_while(|(a, b)| a == *b)
+                .count(),
+        )
+    };
+    scopes.iter().filter_map(right).max().unwrap_or(0)
+}
+
+#[test]
+fn an_answer_drafts_for_its_user_and_for_others_once_enough_had_it() {
+    let mut ledger = Ledger::new(config(3));
+    let answer = text(100, 30);
+    for (user, others) in [("a", 0), ("b", 0), ("c", 22)] {
+        learn(&mut ledger, "acme", user, &answer);
+        // Again and again: that is one user all the same.
+        learn(&mut ledger, "acme", user, &answer);
+        let store = worker(&ledger);
+        assert_eq!(drafted(&store, "acme", user, &answer), 22);
+        assert_eq!(drafted(&store, "acme", "nobody", &answer), others);
+        assert_eq!(drafted(&store, "other", user, &answer), 0);
+    }
+    // What is shared already is not told again.
+    let before = ledger.tokens();
+    learn(&mut ledger, "acme", "d", &answer);
+    assert_eq!(ledger.tokens(), before + answer.len());
+}
+
+#[test]
+fn only_what_is_common_is_shared() {
+    let mut ledger = Ledger::new(config(2));
+    let common = text(100, 20);
+    for (user, own) in [("a", 1000), ("b", 2000)] {
+        let answer = [text(own, 10), common.clone(), text(own + 50, 10)].concat();
+        learn(&mut ledger, "acme", user, &answer);
+    }
+    let store = worker(&ledger);
+    assert_eq!(drafted(&store, "acme", "c", &common), 12);
+    let after = [common, text(1050, 5)].concat();
+    assert_eq!(drafted(&store, "acme", "c", &after), 12);
+    assert_eq!(drafted(&store, "acme", "c", &text(1000, 10)), 0);
+}
+
+#[test]
+fn secrets_are_never_shared() {
+    let mut ledger = Ledger::new(config(1));
+    let owner = owner("acme");
+    let answer = Answer {
+        user: owner.scope.user("a"),
+        owner,
+        tokens: &text(100, 60),
+        secrets: vec![20..22, 40..41],
+    };
+    ledger.learn(answer, Instant::now());
+    let store = worker(&ledger);
+    for (first, right) in [(100, 12), (105, 7), (115, 0), (122, 10), (141, 11)] {
+        assert_eq!(
+            drafted(&store, "acme", "b", &text(first, 30)),
+            right,
+            "{first}"
+        );
+    }
+}
+
+#[test]
+fn erased_users_leave_nothing_behind() {
+    let mut ledger = Ledger::new(config(2));
+    let (both, all) = (text(100, 20), text(500, 20));
+    for user in ["a", "b"] {
+        learn(&mut ledger, "acme", user, &both);
+    }
+    for user in ["a", "b", "c"] {
+        learn(&mut ledger, "acme", user, &all);
+    }
+    ledger.load(owner("acme"), "faq".into(), text(900, 20), Instant::now());
+    ledger.erase(vec![owner("acme")], Some("a"), Instant::now());
+    let store = worker(&ledger);
+    assert_eq!(drafted(&store, "acme", "a", &both), 0);
+    assert_eq!(drafted(&store, "acme", "b", &both), 12);
+    assert_eq!(drafted(&store, "acme", "x", &both), 0);
+    assert_eq!(
+        drafted(&store, "acme", "x", &all),
+        12,
+        "b and c still share it"
+    );
+    assert_eq!(drafted(&store, "acme", "x", &text(900, 20)), 12);
+
+    ledger.erase(vec![owner("acme")], None, Instant::now());
+    let store = worker(&ledger);
+    for user in ["a", "b", "c", "x"] {
+        assert_eq!(drafted(&store, "acme", user, &all), 0);
+    }
+    assert_eq!(
+        drafted(&store, "acme", "x", &text(900, 20)),
+        12,
+        "public text stays"
+    );
+}
+
+#[test]
+fn public_text_is_loaded_replaced_listed_and_dropped() {
+    let mut ledger = Ledger::new(config(3));
+    let now = Instant::now();
+    ledger.load(owner("acme"), "faq".into(), text(100, 20_000), now);
+    ledger.load(owner("acme"), "terms".into(), text(50_000, 50), now);
+    ledger.load(owner("acme"), "faq".into(), text(30_000, 60), now);
+    let listed = ledger.list("acme");
+    let names: Vec<_> = listed.iter().map(|l| (l.name.as_str(), l.tokens)).collect();
+    assert_eq!(names, [("faq", 60), ("terms", 50)]);
+    assert!(ledger.list("other").is_empty());
+    let store = worker(&ledger);
+    assert_eq!(drafted(&store, "acme", "x", &text(100, 40)), 0);
+    assert_eq!(drafted(&store, "acme", "x", &text(30_000, 30)), 22);
+    assert_eq!(drafted(&store, "other", "x", &text(30_000, 30)), 0);
+    assert!(!ledger.unload("other", "faq", now));
+    assert!(ledger.unload("acme", "faq", now));
+    let store = worker(&ledger);
+    assert_eq!(drafted(&store, "acme", "x", &text(30_000, 30)), 0);
+    assert_eq!(drafted(&store, "acme", "x", &text(50_000, 30)), 22);
+}
+
+#[test]
+fn the_log_is_bounded_and_public_text_outlives_it() {
+    let mut ledger = Ledger::new(LedgerConfig {
+        bytes: 32 * 4000,
+        ..config(3)
+    });
+    ledger.load(owner("acme"), "faq".into(), text(900, 20), Instant::now());
+    for answer in 0..500 {
+        learn(&mut ledger, "acme", "a", &text(answer * 100, 50));
+        assert!(ledger.tokens() <= 4000);
+    }
+    ledger.retell_public(Instant::now());
+    let store = worker(&ledger);
+    assert_eq!(drafted(&store, "acme", "x", &text(900, 20)), 12);
+    let (all, next) = ledger.read(0, "m", usize::MAX);
+    assert_eq!(
+        (all.last().unwrap().offset + 1, next),
+        (next, ledger.next())
+    );
+    assert!(ledger.read(0, "another model", usize::MAX).0.is_empty());
+
+    ledger.trim(Instant::now() + HOUR);
+    let (rest, _) = ledger.read(0, "m", usize::MAX);
+    assert!(
+        rest.iter()
+            .all(|record| record.scope == owner("acme").scope.public())
+    );
+}
+
+/// The probability that a member's score is above a stranger's, ties by half.
+fn auc(members: &[usize], strangers: &[usize]) -> f64 {
+    let wins: f64 = members
+        .iter()
+        .flat_map(|m| strangers.iter().map(move |s| m.cmp(s)))
+        .map(|order| f64::from(order as i8 + 1) / 2.0)
+        .sum();
+    wins / (members.len() * strangers.len()) as f64
+}
+
+/// An attacker who knows the beginning of a private text asks whether it drafts: of a tenant's
+/// own users `holders` were answered with it, or none was. Every score has the noise of shared
+/// templates under it.
+fn probe(users: usize, holders: usize, attacker: &str) -> (f64, f64) {
+    const TRIALS: u32 = 1000;
+    let mut scores = [Vec::new(), Vec::new()];
+    for trial in 0..TRIALS {
+        let mut ledger = Ledger::new(config(users));
+        let template = text(10_000, 12 + trial as usize % 9);
+        let secret = [template.clone(), text(20_000 + trial * 100, 20)].concat();
+        for user in 0..users {
+            learn(&mut ledger, "acme", &format!("other {user}"), &template);
+        }
+        let member = trial % 2 == 0;
+        for user in 0..holders {
+            let user = format!("victim {user}");
+            let own = [template.clone(), text(900_000 + trial, 20)].concat();
+            learn(
+                &mut ledger,
+                "acme",
+                &user,
+                if member { &secret } else { &own },
+            );
+        }
+        let store = worker(&ledger);
+        // From the template's end on, and from within the secret.
+        let score = drafted(&store, attacker, "attacker", &secret)
+            + drafted(&store, attacker, "attacker", &secret[template.len()..]);
+        scores[usize::from(member)].push(score);
+    }
+    let [strangers, members] = scores;
+    let (n, m) = (members.len() as f64, strangers.len() as f64);
+    // Of the rank sum without a signal (Mann, Whitney 1947).
+    let error = ((n + m + 1.0) / (12.0 * n * m)).sqrt();
+    (auc(&members, &strangers), 1.96 * error)
+}
+
+#[test]
+fn private_text_gives_no_signal() {
+    for (users, holders, attacker) in [(3, 2, "acme"), (2, 1, "acme"), (3, 3, "other tenant")] {
+        let (auc, error) = probe(users, holders, attacker);
+        assert!((auc - 0.5).abs() <= error, "{auc:.3} ± {error:.3}");
+    }
+}
+
+/// The probe works: without anonymity it tells members from strangers.
+#[test]
+fn text_that_is_shared_does_give_a_signal() {
+    for (users, holders) in [(1, 1), (3, 3)] {
+        let (auc, error) = probe(users, holders, "acme");
+        assert!(auc > 0.5 + error, "{auc:.3} ± {error:.3}");
+    }
+}
