@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""Measures what drafts gain, by kind of text, and writes the table of docs/speculation.md.
+
+  cargo build --release && bench/speculation.py [--llama-server BINARY]
+
+Four kinds of answer: free chat; quotations of an article in the prompt; support answers that other
+users were given before, but for an order number; near-verbatim repetition. Each is asked with drafts
+off and on in turns, one stream, at temperature 0 and 0.7 with the same seeds, so both arms make the
+same tokens. tok/s is decoding alone: the tokens after the first text by the time after it. Tokens per
+event: a step of the engine sends one event of its stream. Answers end where the model ends them, at
+160 tokens at most; those of less than 16 do not count. Distinct 4-grams tell how much a text loops. llama.cpp runs with each of its n-gram drafters beside its own plain decoding.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+
+from peer_servers import ROOT, Server, free_port
+
+BEGIN, END = "<!-- speculation -->", "<!-- /speculation -->"
+TOKENS = 160
+SHORTEST = 16
+DRAFTERS = ("ngram-simple", "ngram-mod", "ngram-cache")
+
+ARTICLE = """Returns and refunds. You may return unused goods within thirty days after delivery. Pack the
+goods in their original box, print the label from your account and hand the parcel in at any post office.
+The refund reaches your card within seven working days after the parcel has come in. Opened food and
+personalised goods cannot be returned. Warranty. Every appliance has a warranty of two years. It covers
+defects of material and workmanship, but no damage by water, falls or improper use. To make a claim, send
+a photo of the defect and of the type plate, and keep the receipt. We repair the appliance within ten
+working days, or replace it if it cannot be repaired. Delivery. Orders ship within two working days and
+arrive in three to five days. If a parcel is late, ask your neighbours first, then open a ticket with the
+number of your order; we search for seven days and then send the goods again free of charge."""
+
+CHAT = ["Tell me a short story about a lighthouse keeper who finds a strange letter.",
+        "Explain how a bicycle stays upright while it moves.",
+        "What should I cook tonight with rice, eggs and spinach?",
+        "Write a letter to a friend about your first week in a new city."]
+SECTIONS = ["returns and refunds", "the warranty", "delivery", "what to do when a parcel is late"]
+TOPICS = ["a parcel that never arrived", "a kettle that leaks", "a refund that is late", "a wrong colour"]
+
+
+def prompts(kind, i, user):
+    """The messages of question `i`, as user `user` asks it."""
+    say = lambda text: [{"role": "user", "content": text}]
+    if kind == "free chat":
+        return say(CHAT[i])
+    if kind == "retrieval":
+        return say(f"{ARTICLE}\n\nQuote what the article says about {SECTIONS[i]}, word for word.")
+    if kind == "template":
+        return say(f"You are a support assistant. A customer with order NW-{91 + user}{i}4 writes about "
+                   f"{TOPICS[i]}. Write the standard reply of the shop, politely and in full.")
+    half = " ".join(ARTICLE.split()[i * 25:i * 25 + 90])
+    return say(f"Repeat this text exactly, and nothing else:\n\n{half}")
+
+
+KINDS = ("free chat", "retrieval", "template", "near-verbatim")
+
+
+def ask(server, messages, **fields):
+    """One streamed answer: its text, tok/s of its decoding, and tokens per event."""
+    body = {"messages": messages, "max_tokens": TOKENS, "stream": True, "stream_options": {"include_usage": True},
+            **fields}
+    request = urllib.request.Request(
+        server.url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    times, text, tokens = [], [], 0
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        for line in answer:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            if event.get("usage"):
+                tokens = event["usage"]["completion_tokens"]
+            for choice in event.get("choices", ()):
+                if choice["delta"].get("content"):
+                    times.append(time.perf_counter())
+                    text.append(choice["delta"]["content"])
+    rate = (tokens - 1) / (times[-1] - times[0]) if len(times) > 1 else 0
+    return "".join(text), rate, tokens / len(times), tokens
+
+
+def keep(arms, taken):
+    """Counts a pair of answers, unless one is too short to measure."""
+    if all(tokens >= SHORTEST for _, _, tokens, _ in taken.values()):
+        for arm, (rate, step, _, loops) in taken.items():
+            arms[arm].append((rate, step, loops))
+
+
+def distinct(text):
+    words = text.split()
+    grams = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def shoal(repeats, rows):
+    port = free_port()
+    server = Server([ROOT / "target/release/shoal", "up", "--listen", f"127.0.0.1:{port}", "--log", "error"], port)
+    try:
+        # Users whose answers are templates for later ones, and a first look at the step times.
+        for user in range(3):
+            for i in range(4):
+                ask(server, prompts("template", i, user), temperature=0, user=f"user {user}")
+        for temperature in (0, 0.7):
+            for kind in KINDS:
+                arms = {"off": [], "auto": []}
+                for repeat in range(repeats):
+                    for i in range(4):
+                        texts, taken = {}, {}
+                        for arm in ("off", "auto") if (repeat + i) % 2 else ("auto", "off"):
+                            text, *measured = ask(
+                                server, prompts(kind, i, 3 + repeat), temperature=temperature, seed=7 * i + repeat,
+                                speculation=arm, user=f"{kind} {temperature} {repeat} {i} {arm}")
+                            texts[arm] = text
+                            taken[arm] = (*measured, distinct(text))
+                        if texts["off"] != texts["auto"]:
+                            raise SystemExit("drafts changed an answer")
+                        keep(arms, taken)
+                rows.append(("Shoal", kind, temperature, arms["off"], arms["auto"]))
+                print(line(*rows[-1]), flush=True)
+    finally:
+        server.stop()
+
+
+def llama(binary, model, repeats, rows):
+    for drafter in DRAFTERS:
+        servers = {}
+        for arm, flags in (("off", []), ("on", ["--spec-type", drafter])):
+            port = free_port()
+            servers[arm] = Server([binary, "-m", model, "--port", str(port), "-t", "2", "-np", "1", "-c", "2048",
+                                   "-fa", "off", "--no-webui", *flags], port)
+        try:
+            for kind in KINDS:
+                arms = {"off": [], "on": []}
+                for repeat in range(repeats):
+                    for i in range(4):
+                        taken = {}
+                        for arm in ("off", "on") if (repeat + i) % 2 else ("on", "off"):
+                            text, *measured = ask(servers[arm], prompts(kind, i, 3 + repeat), temperature=0)
+                            taken[arm] = (*measured, distinct(text))
+                        keep(arms, taken)
+                rows.append((f"llama.cpp {drafter}", kind, 0, arms["off"], arms["on"]))
+                print(line(*rows[-1]), flush=True)
+        finally:
+            for server in servers.values():
+                server.stop()
+
+
+def line(server, kind, temperature, off, on):
+    rate = lambda arm: statistics.median(r for r, _, _ in arm)
+    gains = [b[0] / a[0] for a, b in zip(off, on)] or [float("nan")]
+    steps, loops = statistics.mean(s for _, s, _ in on), statistics.mean(d for _, _, d in on)
+    return (f"| {server} | {kind} | {temperature} | {rate(off):.0f} | {rate(on):.0f} "
+            f"| {statistics.median(gains):.2f} [{min(gains):.2f}–{max(gains):.2f}] | {steps:.2f} | {loops:.2f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-server", type=pathlib.Path)
+    parser.add_argument("--repeats", type=int, default=2)
+    args = parser.parse_args()
+    rows = []
+    shoal(args.repeats, rows)
+    if args.llama_server:
+        model = subprocess.run([ROOT / "target/release/shoal", "model", "fetch"], check=True, capture_output=True,
+                               text=True).stdout.strip()
+        llama(args.llama_server, model, 1, rows)
+    cpu = next(l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
+    table = [BEGIN, f"{datetime.date.today()}, {cpu}, one stream; {4 * args.repeats} pairs each (4 of llama.cpp), "
+             "medians [least–most].", "",
+             "| server | text | T | off tok/s | drafts tok/s | × | tokens per event | distinct 4-grams |",
+             "|---|---|---|---|---|---|---|---|", *(line(*row) for row in rows), END]
+    page = ROOT / "docs/speculation.md"
+    head, rest = page.read_text().split(BEGIN)
+    page.write_text(head + "\n".join(table) + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
