@@ -6,9 +6,11 @@
 Four kinds of answer: free chat; quotations of an article in the prompt; support answers that other
 users were given before, but for an order number; near-verbatim repetition. Each is asked with drafts
 off and on in turns, one stream, at temperature 0 and 0.7 with the same seeds, so both arms make the
-same tokens. tok/s is decoding alone: the tokens after the first text by the time after it. Tokens per
-event: a step of the engine sends one event of its stream. Answers end where the model ends them, at
-160 tokens at most; those of less than 16 do not count. Distinct 4-grams tell how much a text loops. llama.cpp runs with each of its n-gram drafters beside its own plain decoding.
+same tokens; the run ends where they do not. tok/s is decoding alone: the tokens after the first text by
+the time after it. A step of Shoal's engine sends one event, so tokens per event are those per step.
+Answers end where the model ends them, at 160 tokens at most; those of less than 16 do not count.
+Distinct 4-grams tell how much a text loops. llama.cpp runs with each of its n-gram drafters beside its
+own plain decoding.
 """
 
 import argparse
@@ -155,8 +157,10 @@ def line(server, kind, temperature, off, on):
     rate = lambda arm: statistics.median(r for r, _, _ in arm)
     gains = [b[0] / a[0] for a, b in zip(off, on)] or [float("nan")]
     steps, loops = statistics.mean(s for _, s, _ in on), statistics.mean(d for _, _, d in on)
+    # llama.cpp sends every token by itself.
+    steps = f"{steps:.2f}" if server == "Shoal" else ""
     return (f"| {server} | {kind} | {temperature} | {rate(off):.0f} | {rate(on):.0f} "
-            f"| {statistics.median(gains):.2f} [{min(gains):.2f}–{max(gains):.2f}] | {steps:.2f} | {loops:.2f} |")
+            f"| {statistics.median(gains):.2f} [{min(gains):.2f}–{max(gains):.2f}] | {steps} | {loops:.2f} |")
 
 
 def main():
