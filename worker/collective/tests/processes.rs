@@ -17,11 +17,13 @@ const ROWS: usize = 4096;
 /// Longer than a busy machine holds a process up.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+type Test = fn() -> Outcome;
+
 fn main() -> Outcome {
     if std::env::args().nth(1).as_deref() == Some("--rank") {
         return rank();
     }
-    let tests: [(&str, fn() -> Outcome); 3] = [
+    let tests: [(&str, Test); 3] = [
         ("sums are the same everywhere", sums),
         ("a killed rank is seen at once", killed),
         ("a stopped rank is seen in time", stopped),
