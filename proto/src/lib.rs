@@ -17,6 +17,14 @@ pub mod inference {
 /// `shoal.worker.v1`: between routers and workers.
 pub mod worker {
     tonic::include_proto!("shoal.worker.v1");
+
+    impl ModelDescription {
+        /// The numerics id as operators read it, in lower-case hex.
+        pub fn numerics_hex(&self) -> String {
+            let bytes = self.numerics_id.iter();
+            bytes.map(|byte| format!("{byte:02x}")).collect()
+        }
+    }
 }
 
 /// The encoded `FileDescriptorSet` of every service of this crate.

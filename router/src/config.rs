@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use shoal_draft::LedgerConfig;
 use shoal_fabric::{
-    membership::{Endpoint, Membership, Static},
+    membership::{Endpoint, Member, Membership, Static},
     net::{ClientConfig, Limits, ListenConfig},
     tls::{ClientTls, ServerTls},
 };
@@ -148,10 +148,8 @@ impl TryFrom<RouterArgs> for RouterConfig {
                 "at least 100 ms",
             )?;
         }
-        let fit = |c: char| c.is_ascii_alphanumeric() || "-_.:[]".contains(c);
-        let named = |name: &String| !name.is_empty() && name.chars().all(fit);
         check(
-            args.name.as_ref().is_none_or(named),
+            args.name.as_deref().is_none_or(Member::is_name),
             "name",
             "of letters, digits and -_.:[]",
         )?;

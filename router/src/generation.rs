@@ -273,7 +273,8 @@ impl Generation {
         self.dispatch.cluster.corpora.learn(&self.job, &self.output);
     }
 
-    /// Ends it at the worker, complete as it is, and returns what it cost, as far as the worker says so in time.
+    /// Ends it at the worker, complete as it is, and returns what it cost, as far as the worker
+    /// says so in time.
     pub(crate) async fn cancel(&mut self) -> SequenceUsage {
         let Some(Stay { attachment, .. }) = &self.at else {
             return SequenceUsage::default();

@@ -2,7 +2,10 @@
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use shoal_fabric::net::{self, NetError};
+use shoal_fabric::{
+    backoff::Backoff,
+    net::{self, NetError},
+};
 use shoal_proto::{
     PROTOCOL_VERSION,
     worker::{
@@ -73,7 +76,7 @@ pub(crate) async fn keep(cluster: Arc<Cluster>, worker: Arc<Worker>, config: Lin
         worker,
         config,
     };
-    let mut backoff = FIRST_BACKOFF;
+    let mut backoff = Backoff::new(FIRST_BACKOFF, LONGEST_BACKOFF);
     let mut failing = false;
     loop {
         let started = Instant::now();
@@ -91,12 +94,10 @@ pub(crate) async fn keep(cluster: Arc<Cluster>, worker: Arc<Worker>, config: Lin
             return;
         }
         if was_up && started.elapsed() > SOUND {
-            backoff = FIRST_BACKOFF;
+            backoff.reset();
         }
-        let pause = backoff.mul_f64(rand::random_range(0.5..1.0));
-        backoff = (backoff * 2).min(LONGEST_BACKOFF);
         // What the membership tells meanwhile ends the pause.
-        let _ = timeout(pause, link.worker.news.notified()).await;
+        let _ = timeout(backoff.pause(), link.worker.news.notified()).await;
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc};
 
 use shoal_fabric::{
-    membership::{Endpoint, Member, Role, State},
+    membership::{Member, Role, State},
     metrics::Registry,
     net::{self, Listener},
     shutdown::Shutdown,
@@ -57,7 +57,9 @@ impl Server {
     pub async fn serve(self, shutdown: Shutdown) -> Result<(), RouterError> {
         let Self { listener, config } = self;
         let address = listener.local_addr().map_err(RouterError::Address)?;
-        let (own, record) = watch::channel(own(config.name, config.advertise, address)?);
+        let (name, advertise) = (config.name.as_deref(), config.advertise.as_ref());
+        let own = Member::own(Role::Router, name, advertise, address)?;
+        let (own, record) = watch::channel(own);
         let corpora = Arc::new(Corpora::new(config.corpus));
         let registry = Registry::default();
         let metrics = Metrics::new(&registry);
@@ -118,20 +120,6 @@ impl Server {
 /// When its port cannot be bound or a service cannot be set up.
 pub async fn run(config: RouterConfig, shutdown: Shutdown) -> Result<(), RouterError> {
     Server::bind(config).await?.serve(shutdown).await
-}
-
-/// This router as a member of the cluster.
-fn own(
-    name: Option<String>,
-    advertise: Option<Endpoint>,
-    address: SocketAddr,
-) -> Result<Member, RouterError> {
-    let address = match advertise {
-        Some(address) => address,
-        None => address.try_into()?,
-    };
-    let name = name.unwrap_or_else(|| address.to_string());
-    Ok(Member::new(Role::Router, name, address))
 }
 
 /// Keeps `grpc.health.v1` and the membership record at the state of `/ready`.

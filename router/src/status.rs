@@ -109,13 +109,12 @@ fn group(worker: &Worker) -> Group {
         WorkerState::Ready => State::Ready,
         WorkerState::Draining => State::Draining,
     };
-    let id = &description.numerics_id;
     Group {
         model: description.model.clone(),
         state: state.into(),
         connected: true,
         epoch: description.epoch,
-        numerics_id: id.iter().map(|byte| format!("{byte:02x}")).collect(),
+        numerics_id: description.numerics_hex(),
         backend: description.backend.clone(),
         quantization: description.quantization.clone(),
         tensor_parallel: description.tensor_parallel,

@@ -162,8 +162,7 @@ impl Worker {
         self.connected.store(Some(connected));
     }
 
-    /// The session is over; its sequences are lost.
-    /// False: there was none.
+    /// The session is over; its sequences are lost. False: there was none.
     pub(crate) fn disconnect(&self) -> bool {
         let connected = self.connected.swap(None);
         if let Some(connected) = &connected {

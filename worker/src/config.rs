@@ -8,7 +8,7 @@ use std::{
 use shoal_core::{Class, PAGE_TOKENS};
 use shoal_engine::config::EngineConfig;
 use shoal_fabric::{
-    membership::{Endpoint, Membership, Static},
+    membership::{Endpoint, Member, Membership, Static},
     net::ListenConfig,
 };
 use shoal_kernels::isa::Isa;
@@ -160,10 +160,7 @@ impl WorkerConfig {
                 return Err(ConfigError::Least { name, least });
             }
         }
-        let fit = |c: char| c.is_ascii_alphanumeric() || "-_.:[]".contains(c);
-        if let Some(group) = &self.group
-            && (group.is_empty() || !group.chars().all(fit))
-        {
+        if let Some(group) = self.group.as_ref().filter(|group| !Member::is_name(group)) {
             return Err(ConfigError::Group {
                 given: group.clone(),
             });

@@ -6,6 +6,7 @@
 mod bulk;
 mod config;
 mod corpus;
+mod epoch;
 mod error;
 mod group;
 mod load;

@@ -36,12 +36,8 @@ pub(crate) fn join(
 impl WorkerConfig {
     /// The worker that listens at `address`, as it is before its model is loaded.
     pub(crate) fn member(&self, address: SocketAddr) -> Result<Member, WorkerError> {
-        let address = match &self.advertise {
-            Some(address) => address.clone(),
-            None => address.try_into()?,
-        };
-        let name = self.group.clone().unwrap_or_else(|| address.to_string());
-        let mut member = Member::new(Role::Worker, name, address);
+        let (name, advertise) = (self.group.as_deref(), self.advertise.as_ref());
+        let mut member = Member::own(Role::Worker, name, advertise, address)?;
         member.model = self.served_name()?;
         Ok(member)
     }
@@ -80,8 +76,7 @@ fn describe(member: &mut Member, description: &ModelDescription) {
         context_length: description.context_length,
         pages: description.pages,
     };
-    let id = &description.numerics_id;
-    member.numerics_id = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    member.numerics_id = description.numerics_hex();
 }
 
 /// Drains and undrains as operators want it.

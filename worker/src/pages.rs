@@ -23,7 +23,7 @@ const BATCH: usize = 2048;
 #[derive(Debug, Default)]
 pub(crate) struct Pages {
     state: Mutex<State>,
-    /// Changes so far.
+    /// Changes so far; the log holds the last of them. It changes with the state, under its lock.
     end: watch::Sender<u64>,
 }
 
@@ -31,8 +31,6 @@ pub(crate) struct Pages {
 struct State {
     cached: HashSet<PageHash>,
     log: VecDeque<PageChange>,
-    /// Changes so far; the log holds the last of them.
-    end: u64,
 }
 
 impl Pages {
@@ -52,11 +50,8 @@ impl Pages {
                 state.log.pop_front();
             }
             state.log.push_back(change);
-            state.end += 1;
         }
-        let end = state.end;
-        drop(state);
-        self.end.send_replace(end);
+        self.end.send_modify(|end| *end += changes.len() as u64);
     }
 
     /// A follower that knows nothing yet. `epoch` marks its batches.
@@ -101,13 +96,13 @@ impl Follower {
 
     fn read(&mut self) -> Vec<PageBatch> {
         let state = self.pages.lock();
-        let behind = self.next.map(|next| (state.end - next) as usize);
-        self.next = Some(state.end);
-        let seq = state.end;
+        let end = *self.pages.end.borrow();
+        let behind = self.next.map(|next| (end - next) as usize);
+        self.next = Some(end);
         let Some(behind) = behind.filter(|&behind| behind <= state.log.len()) else {
             let cached: Vec<PageHash> = state.cached.iter().copied().collect();
             drop(state);
-            return self.snapshot(seq, &cached);
+            return self.snapshot(end, &cached);
         };
         let log: Vec<PageChange> = state
             .log
@@ -115,7 +110,7 @@ impl Follower {
             .copied()
             .collect();
         drop(state);
-        let mut seq = seq - behind as u64;
+        let mut seq = end - behind as u64;
         log.chunks(BATCH)
             .map(|changes| {
                 let batch = PageBatch {

@@ -1,9 +1,6 @@
 //! The life of a worker: listen, load, run once, serve, drain.
 
-use std::{
-    sync::{Arc, atomic::Ordering},
-    time::SystemTime,
-};
+use std::sync::{Arc, atomic::Ordering};
 
 use axum::Router;
 use prost::Message;
@@ -29,6 +26,7 @@ use tonic::service::Routes;
 
 use crate::{
     config::WorkerConfig,
+    epoch,
     error::WorkerError,
     group::Watch,
     load::{self, LoadError, Loaded},
@@ -135,7 +133,7 @@ async fn live(
     let membership = config.membership.clone();
     let start = async {
         let load = on_own_thread(move || assemble(&config, load, sink));
-        let epoch = membership.next_epoch(group, epoch());
+        let epoch = membership.next_epoch(group, epoch::now());
         let (loaded, epoch) = tokio::join!(load, epoch);
         let mut loaded = loaded??;
         loaded.set_epoch(epoch);
@@ -259,12 +257,6 @@ fn describe(backend: &dyn Backend, model: String, identity: &Identity) -> ModelD
         epoch: identity.epoch,
         ..ModelDescription::default()
     }
-}
-
-/// Rises with every start on one machine: the time, in microseconds.
-fn epoch() -> u64 {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    now.map_or(1, |time| time.as_micros() as u64)
 }
 
 /// Runs one token through the model, and waits for the end of it.

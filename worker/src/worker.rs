@@ -108,23 +108,22 @@ impl Worker {
 
     /// The model cannot run: nobody should send sequences.
     pub(crate) fn suspend(&self) {
-        self.state.send_if_modified(|state| {
-            let ready = *state == WorkerState::Ready;
-            if ready {
-                *state = WorkerState::Starting;
-            }
-            ready
-        });
+        self.turn(WorkerState::Ready, WorkerState::Starting);
     }
 
     /// It runs again.
     pub(crate) fn resume(&self) {
+        self.turn(WorkerState::Starting, WorkerState::Ready);
+    }
+
+    /// Changes one state into another, and leaves any third as it is.
+    fn turn(&self, from: WorkerState, to: WorkerState) {
         self.state.send_if_modified(|state| {
-            let starting = *state == WorkerState::Starting;
-            if starting {
-                *state = WorkerState::Ready;
+            let turns = *state == from;
+            if turns {
+                *state = to;
             }
-            starting
+            turns
         });
     }
 

@@ -84,11 +84,13 @@ pub(crate) struct RouterSettings {
     #[arg(long, env = "SHOAL_ROUTER_ROUTING", value_name = "ROUTING")]
     pub(crate) routing: Option<String>,
 
-    /// A worker that says nothing for so long gets nothing new, and its streams move [default: 400ms]
+    /// A worker that says nothing for so long gets nothing new, and its streams move
+    /// [default: 400ms]
     #[arg(long, env = "SHOAL_ROUTER_WORKER_SILENCE", value_name = "TIME")]
     pub(crate) worker_silence: Option<Time>,
 
-    /// The same for one with work that makes no step for so long, unless a step is predicted to take long [default: 400ms]
+    /// The same for one with work that makes no step for so long, unless a step is predicted
+    /// to take long [default: 400ms]
     #[arg(long, env = "SHOAL_ROUTER_WORKER_STALL", value_name = "TIME")]
     pub(crate) worker_stall: Option<Time>,
 
@@ -161,9 +163,7 @@ impl TryFrom<RouterSettings> for RouterArgs {
             corpus: LedgerConfig {
                 users: raw.corpus_users.unwrap_or(default.corpus.users),
                 ttl: time(raw.corpus_ttl, default.corpus.ttl),
-                bytes: raw.corpus_size.map_or(default.corpus.bytes, |size| {
-                    usize::try_from(size.0).unwrap_or(usize::MAX)
-                }),
+                bytes: raw.corpus_size.map_or(default.corpus.bytes, Size::bytes),
             },
             worker_silence: time(raw.worker_silence, default.worker_silence),
             worker_stall: time(raw.worker_stall, default.worker_stall),

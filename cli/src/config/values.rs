@@ -41,6 +41,13 @@ impl<'de> Deserialize<'de> for Time {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Size(pub(crate) u64);
 
+impl Size {
+    /// As a length in memory, which holds no more than that.
+    pub(crate) fn bytes(self) -> usize {
+        usize::try_from(self.0).unwrap_or(usize::MAX)
+    }
+}
+
 /// Not a number of bytes.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is no size: bytes, or a number with KiB, MiB, GiB, KB, MB or GB")]

@@ -42,7 +42,8 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_WORKER_BACKEND", value_name = "BACKEND")]
     pub(crate) backend: Option<String>,
 
-    /// Instruction set of the cpu backend: scalar, avx2, avx512 or avx512bf16 [default: the machine's best]
+    /// Instruction set of the cpu backend: scalar, avx2, avx512 or avx512bf16
+    /// [default: the machine's best]
     #[arg(long, env = "SHOAL_ISA", value_name = "ISA")]
     pub(crate) isa: Option<String>,
 
@@ -50,7 +51,8 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_WORKER_TENSOR_PARALLEL", value_name = "N")]
     pub(crate) tensor_parallel: Option<NonZeroUsize>,
 
-    /// How long a process of the group may keep the others waiting before it is started again [default: 2s]
+    /// How long a process of the group may keep the others waiting before it is started again
+    /// [default: 2s]
     #[arg(long, env = "SHOAL_WORKER_RANK_TIMEOUT", value_name = "TIME")]
     pub(crate) rank_timeout: Option<Time>,
 
@@ -58,7 +60,8 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_WORKER_THREADS", value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
 
-    /// Memory of the KV cache, such as 512MiB [default: a quarter of what is available, at most 1GiB]
+    /// Memory of the KV cache, such as 512MiB
+    /// [default: a quarter of what is available, at most 1GiB]
     #[arg(long, env = "SHOAL_WORKER_KV_SIZE", value_name = "SIZE")]
     pub(crate) kv_size: Option<Size>,
 
@@ -163,10 +166,7 @@ impl WorkerSettings {
         if let Some(speculation) = self.speculation {
             engine.speculation = speculation.parse()?;
         }
-        let bytes = |given: Option<Size>, default| match given {
-            Some(Size(bytes)) => usize::try_from(bytes).unwrap_or(usize::MAX),
-            None => default,
-        };
+        let bytes = |given: Option<Size>, default| given.map_or(default, Size::bytes);
         let backend = match self.backend {
             Some(name) => name.parse()?,
             None => default.backend,

@@ -1,6 +1,8 @@
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
-use super::Endpoint;
+use super::{Endpoint, EndpointError};
 
 /// What a process of the cluster tells of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +34,31 @@ impl Member {
     /// A worker of which nothing but its address is known.
     pub fn at(address: Endpoint) -> Self {
         Self::new(Role::Worker, address.to_string(), address)
+    }
+
+    /// This process, which listens at `listening`: others reach it there unless it advertises
+    /// another address, and it is named by that unless it has a name.
+    ///
+    /// # Errors
+    /// When it listens at port 0.
+    pub fn own(
+        role: Role,
+        name: Option<&str>,
+        advertise: Option<&Endpoint>,
+        listening: SocketAddr,
+    ) -> Result<Self, EndpointError> {
+        let address = match advertise {
+            Some(address) => address.clone(),
+            None => listening.try_into()?,
+        };
+        let name = name.map_or_else(|| address.to_string(), str::to_owned);
+        Ok(Self::new(role, name, address))
+    }
+
+    /// Whether a member can have this name: one or more ASCII letters, digits and `-_.:[]`.
+    pub fn is_name(name: &str) -> bool {
+        let fit = |c: char| c.is_ascii_alphanumeric() || "-_.:[]".contains(c);
+        !name.is_empty() && name.chars().all(fit)
     }
 
     /// A process that has said nothing of its state yet.

@@ -82,13 +82,6 @@ impl Census {
         }
         MOST_USERS
     }
-
-    /// Bytes that it holds, about: an entry and its control byte.
-    pub(crate) fn bytes(&self) -> usize {
-        let entry = size_of::<(u64, [u16; MOST_USERS])>() + 1;
-        // Tables are at most 7/8 full.
-        (self.young.capacity() + self.old.capacity()) * 8 / 7 * entry
-    }
 }
 
 #[cfg(test)]

@@ -151,18 +151,6 @@ impl Ledger {
         self.next
     }
 
-    /// Tokens in the log.
-    pub fn tokens(&self) -> usize {
-        self.tokens
-    }
-
-    /// Bytes that it holds, about.
-    pub fn bytes(&self) -> usize {
-        let shared: usize = self.shared.values().map(Corpus::bytes).sum();
-        let records = self.log.len() * (size_of::<Record>() + size_of::<Arc<Record>>());
-        self.tokens * size_of::<TokenId>() + records + self.census.bytes() + shared
-    }
-
     /// The records from an offset on that a model's workers want, of about `most` tokens, and
     /// the offset after them.
     pub fn read(&self, from: u64, model: &str, most: usize) -> (Vec<Arc<Record>>, u64) {
@@ -308,21 +296,21 @@ impl Ledger {
                 !corpus.is_empty()
             });
         }
-        let stale =
-            |public: &Public| now.saturating_duration_since(public.told) >= self.config.ttl / 2;
-        let stale: Vec<_> = self.public.iter().filter(|(_, p)| stale(p)).collect();
-        let stale: Vec<_> = stale.into_iter().map(|(key, _)| key.clone()).collect();
-        for key in stale {
-            self.tell_one(&key, now);
-        }
+        let half = self.config.ttl / 2;
+        self.retell(|told| now.saturating_duration_since(told) >= half, now);
     }
 
     /// Tells a follower that begins anew of every public text.
     pub fn retell_public(&mut self, now: Instant) {
         let first = self.log.front().map_or(now, |record| record.made);
-        let lost = self.public.iter().filter(|(_, public)| public.told < first);
-        let lost: Vec<_> = lost.map(|(key, _)| key.clone()).collect();
-        for key in lost {
+        self.retell(|told| told < first, now);
+    }
+
+    /// Tells again of the public texts that were last told at such a time.
+    fn retell(&mut self, is_due: impl Fn(Instant) -> bool, now: Instant) {
+        let due = self.public.iter().filter(|(_, text)| is_due(text.told));
+        let due: Vec<_> = due.map(|(key, _)| key.clone()).collect();
+        for key in due {
             self.tell_one(&key, now);
         }
     }

@@ -48,11 +48,6 @@ impl SessionIndex {
             common(before.copied(), tokens.iter().rev().copied())
         })
     }
-
-    /// Bytes that it holds.
-    pub fn bytes(&self) -> usize {
-        self.chains.bytes()
-    }
 }
 
 #[cfg(test)]

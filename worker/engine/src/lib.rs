@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod digest;
 pub mod engine;
 mod kv;
+mod line;
 pub mod metrics;
 pub mod request;
 pub mod sampler;

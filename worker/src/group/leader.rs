@@ -4,7 +4,7 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use shoal_collective::CollectiveError;
 use shoal_collective::shm::{Ring, Segment};
@@ -13,6 +13,7 @@ use super::line::{Order, Part};
 use super::member::{Member, RankCommand};
 use super::{GroupError, Watch};
 use crate::config::GroupConfig;
+use crate::epoch;
 
 /// Meetings that are called in a row before the group is given up.
 const ATTEMPTS: u32 = 5;
@@ -41,16 +42,11 @@ impl Leader {
         part: Part,
         watch: Arc<Watch>,
     ) -> Result<Self, GroupError> {
-        let GroupConfig {
-            ranks: _,
-            command,
-            patience,
-        } = settings.clone();
         let mut leader = Self {
-            command,
+            command: settings.command.clone(),
             members: (1..part.world).map(|_| None).collect(),
             part,
-            patience,
+            patience: settings.patience,
             numerics_id: [0; 32],
             epoch: 0,
             watch,
@@ -150,7 +146,7 @@ impl Leader {
                 }
             }
         }
-        self.epoch = (self.epoch + 1).max(now());
+        self.epoch = (self.epoch + 1).max(epoch::now());
         let (segment, file) = Segment::create(self.part.world, self.epoch, words)?;
         let order = Order::Meet {
             epoch: self.epoch,
@@ -175,10 +171,4 @@ impl Leader {
             GroupError::Meeting(error)
         })
     }
-}
-
-/// Epochs are times, in microseconds, so that they rise over restarts too.
-fn now() -> u64 {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    now.map_or(1, |time| time.as_micros() as u64)
 }

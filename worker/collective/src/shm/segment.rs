@@ -69,6 +69,12 @@ fn slots_at(world: usize) -> usize {
     ((1 + world) * LINE).next_multiple_of(PAGE_WORDS * 4)
 }
 
+/// Of a segment of `world` ranks with two slots of `words` words each; `None` where it has no
+/// address.
+fn bytes(world: usize, words: usize) -> Option<usize> {
+    words.checked_mul(8 * world)?.checked_add(slots_at(world))
+}
+
 impl Segment {
     /// New memory for `world` ranks whose frames have up to `words` words, and the file by which
     /// other processes [open](Self::open) it. Pages are taken from the system when they are
@@ -81,10 +87,7 @@ impl Segment {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let words = words.max(1).next_multiple_of(PAGE_WORDS);
-        let bytes = words
-            .checked_mul(8 * world)
-            .and_then(|slots| slots.checked_add(slots_at(world)))
-            .ok_or(io::ErrorKind::OutOfMemory)?;
+        let bytes = bytes(world, words).ok_or(io::ErrorKind::OutOfMemory)?;
         let file = memfd_create(
             "shoal-group",
             MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
@@ -106,20 +109,16 @@ impl Segment {
     /// # Errors
     /// When it is none.
     pub fn open(file: impl AsFd) -> Result<Self, CollectiveError> {
-        let bytes = fstat(&file).map_err(io::Error::from)?.st_size as usize;
-        if bytes < slots_at(1) {
+        let size = fstat(&file).map_err(io::Error::from)?.st_size as usize;
+        if size < slots_at(1) {
             return Err(CollectiveError::Segment);
         }
-        let mut segment = Self::map(&file, bytes, 0, 0)?;
+        let mut segment = Self::map(&file, size, 0, 0)?;
         let preamble = segment.preamble();
         let magic = preamble.magic.load(Ordering::Acquire);
         let world = preamble.world.load(Ordering::Relaxed) as usize;
         let words = preamble.words.load(Ordering::Relaxed) as usize;
-        let fits = (1..=MAX_RANKS).contains(&world)
-            && words
-                .checked_mul(8 * world)
-                .and_then(|slots| slots.checked_add(slots_at(world)))
-                == Some(bytes);
+        let fits = (1..=MAX_RANKS).contains(&world) && bytes(world, words) == Some(size);
         if magic != MAGIC || !fits {
             return Err(CollectiveError::Segment);
         }

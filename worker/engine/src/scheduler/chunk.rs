@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::metrics::StepStats;
+use crate::{line::Line, metrics::StepStats};
 
 /// What an older step still counts when a new one comes.
 const FADE: f64 = 0.98;
@@ -15,60 +15,41 @@ const PRIOR_ROW: f64 = 0.02;
 /// Seconds beyond which no prediction goes.
 const LONGEST: f64 = 600.0;
 
-/// Least squares of `seconds = base + slope * rows` over recent steps, weights fading.
-#[derive(Clone, Debug, Default)]
-pub(super) struct StepTimeModel {
-    weight: f64,
-    rows: f64,
-    rows_squared: f64,
-    seconds: f64,
-    rows_seconds: f64,
+/// What recent steps took, by their rows.
+#[derive(Clone, Debug)]
+pub(super) struct StepTimeModel(Line);
+
+impl Default for StepTimeModel {
+    fn default() -> Self {
+        Self(Line::new(FADE))
+    }
 }
 
 impl StepTimeModel {
     /// Learns from one step.
     pub(super) fn add(&mut self, stats: &StepStats) {
         let rows = (stats.prefill_rows + stats.decode_rows) as f64;
-        let seconds = stats.time.as_secs_f64();
-        for (sum, value) in [
-            (&mut self.weight, 1.0),
-            (&mut self.rows, rows),
-            (&mut self.rows_squared, rows * rows),
-            (&mut self.seconds, seconds),
-            (&mut self.rows_seconds, rows * seconds),
-        ] {
-            *sum = *sum * FADE + value;
-        }
+        self.0.add(rows, stats.time.as_secs_f64());
     }
 
     /// Base and slope, once steps of different sizes have been seen.
     pub(super) fn fit(&self) -> Option<(f64, f64)> {
-        let spread = self.weight * self.rows_squared - self.rows * self.rows;
-        if self.weight < WARM_UP || spread < 1.0 {
+        if self.0.weight() < WARM_UP {
             return None;
         }
-        let covariance = self.weight * self.rows_seconds - self.rows * self.seconds;
-        let slope = covariance / spread;
-        let base = (self.seconds - slope * self.rows) / self.weight;
+        let (base, slope) = self.0.fit(1.0)?;
         (slope > 0.0).then_some((base.max(0.0), slope))
     }
 
     /// What a step of `rows` rows is predicted to take.
     pub(super) fn expected(&self, rows: usize) -> Duration {
         let rows = rows as f64;
-        let seconds = match self.fit() {
-            Some((base, slope)) => base + slope * rows,
-            None if self.weight > 0.0 => {
-                self.seconds / self.weight * (rows * self.weight / self.rows).max(1.0)
-            }
-            None => PRIOR_ROW * rows,
+        let seconds = match (self.fit(), self.0.means()) {
+            (Some((base, slope)), _) => base + slope * rows,
+            (None, Some((usual, seconds))) => seconds * (rows / usual).max(1.0),
+            (None, None) => PRIOR_ROW * rows,
         };
         Duration::from_secs_f64(seconds.clamp(0.0, LONGEST))
-    }
-
-    /// Seconds of one more row, once steps of different sizes have been seen.
-    pub(super) fn slope(&self) -> Option<f64> {
-        self.fit().map(|(_, slope)| slope)
     }
 
     /// Prompt rows beside `decodes` decode rows for a step within `target`; at most `most`, and

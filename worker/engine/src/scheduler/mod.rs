@@ -188,7 +188,7 @@ impl Scheduler {
             rows: if short { 0 } else { budget.rows },
             logits: budget.logits,
             prefill: prefill.map(|s| s.planned).sum(),
-            row_seconds: self.model.slope(),
+            row_seconds: self.model.fit().map(|(_, slope)| slope),
         }
     }
 

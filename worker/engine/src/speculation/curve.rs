@@ -1,5 +1,7 @@
 //! What a step costs, by its decoding sequences and the draft rows beside them.
 
+use crate::line::Line;
+
 /// Numbers of draft rows that steps have: the curve is measured at these and nowhere else.
 pub(crate) const EDGES: [usize; 21] = [
     0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 24, 31, 40, 48, 62, 80, 93, 124,
@@ -28,6 +30,7 @@ struct Cell {
 #[derive(Clone, Debug)]
 pub(crate) struct StepCurve {
     cells: Box<[[Cell; EDGES.len()]; DECODES.len() + 1]>,
+    /// Through all cells.
     line: Line,
 }
 
@@ -38,45 +41,11 @@ pub(crate) struct Fit {
     pub(crate) seconds: [f64; EDGES.len()],
 }
 
-/// Least squares of `seconds = base + slope * rows` over all cells, fading.
-#[derive(Clone, Copy, Debug, Default)]
-struct Line {
-    weight: f64,
-    rows: f64,
-    rows_squared: f64,
-    seconds: f64,
-    rows_seconds: f64,
-}
-
-impl Line {
-    fn add(&mut self, rows: f64, seconds: f64) {
-        for (sum, value) in [
-            (&mut self.weight, 1.0),
-            (&mut self.rows, rows),
-            (&mut self.rows_squared, rows * rows),
-            (&mut self.seconds, seconds),
-            (&mut self.rows_seconds, rows * seconds),
-        ] {
-            *sum = *sum * FADE + value;
-        }
-    }
-
-    /// Seconds of a row, once steps of different sizes were seen.
-    fn slope(&self) -> Option<f64> {
-        let spread = self.weight * self.rows_squared - self.rows * self.rows;
-        if spread < self.weight {
-            return None;
-        }
-        let slope = (self.weight * self.rows_seconds - self.rows * self.seconds) / spread;
-        Some(slope.max(0.0))
-    }
-}
-
 impl Default for StepCurve {
     fn default() -> Self {
         Self {
             cells: Box::new([[Cell::default(); EDGES.len()]; DECODES.len() + 1]),
-            line: Line::default(),
+            line: Line::new(FADE),
         }
     }
 }
@@ -107,10 +76,10 @@ impl StepCurve {
         let cells = &self.cells[bucket(decodes)];
         let known = cells.iter().position(|cell| cell.steps > 0.0)?;
         let (anchor, rows) = (cells[known].seconds, EDGES[known] as f64);
-        let slope = self
-            .line
-            .slope()
-            .unwrap_or(FIRST_GUESS * anchor / decodes as f64);
+        let slope = match self.line.fit(self.line.weight()) {
+            Some((_, slope)) => slope.max(0.0),
+            None => FIRST_GUESS * anchor / decodes as f64,
+        };
         let mut fit = Fit {
             seconds: [0.0; EDGES.len()],
         };
