@@ -20,7 +20,7 @@ import time
 import aiohttp
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "e2e"))
-from conftest import Cluster  # noqa: E402
+from conftest import Cluster, wait_until  # noqa: E402
 
 TOPICS = ["the sea", "a refund", "winter", "rust", "a lost parcel", "tea", "the moon", "chess"]
 
@@ -105,11 +105,9 @@ def ready(cluster):
     return cluster.metric("shoal_worker_ready")
 
 
-async def all_ready(cluster, replicas, seconds=60):
-    end = time.monotonic() + seconds
-    while await asyncio.to_thread(ready, cluster) < replicas:
-        assert time.monotonic() < end, "the workers did not come back"
-        await asyncio.sleep(0.1)
+async def all_ready(cluster, replicas):
+    back = lambda: ready(cluster) >= replicas
+    await asyncio.to_thread(wait_until, back, 60, "the workers' return")
 
 
 def signal_to(pid, which):
@@ -143,8 +141,8 @@ async def restart(cluster, replicas):
     await all_ready(cluster, replicas)
     for pid in cluster.children()["worker"]:
         os.kill(pid, signal.SIGTERM)
-        while pid in cluster.children().get("worker", []):
-            await asyncio.sleep(0.05)
+        ended = lambda: pid not in cluster.children().get("worker", [])
+        await asyncio.to_thread(wait_until, ended, 60, f"the end of process {pid}")
         await all_ready(cluster, replicas)
 
 
