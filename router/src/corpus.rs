@@ -10,7 +10,7 @@ use std::{
 use async_stream::stream;
 use futures::Stream;
 use shoal_core::TokenId;
-use shoal_draft::{Answer, Event, Ledger, LedgerConfig, Listed, Owner, Record};
+use shoal_draft::{Answer, Event, Ledger, LedgerConfig, Listed, Owner, PublicFull, Record};
 use shoal_proto::worker::{CorpusRecord, worker_client::WorkerClient};
 use tokio::sync::{oneshot, watch};
 use tonic::{Status, transport::Channel};
@@ -70,9 +70,14 @@ impl Corpora {
         self.change(|ledger, now| ledger.learn(answer, now));
     }
 
-    /// Loads a public text.
-    pub(crate) fn load(&self, owner: Owner, name: String, tokens: Vec<TokenId>) {
-        self.change(|ledger, now| ledger.load(owner, name, tokens, now));
+    /// Loads a public text, if there is room for it.
+    pub(crate) fn load(
+        &self,
+        owner: Owner,
+        name: String,
+        tokens: Vec<TokenId>,
+    ) -> Result<(), PublicFull> {
+        self.change(|ledger, now| ledger.load(owner, name, tokens, now))
     }
 
     /// A tenant's public texts.

@@ -10,13 +10,15 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shoal_core::{DraftScope, TokenId};
+use shoal_core::{Class, DraftScope, TokenId};
 
 use crate::census::{Census, MOST_USERS, RUN};
 use crate::corpus::Corpus;
 
 /// Bytes of a token in the log and the census, about.
 const TOKEN_BYTES: usize = 32;
+/// What a record costs beside its text, in tokens: an erasure has none.
+const RECORD_COST: usize = 8;
 /// Tokens of a record: longer texts are cut.
 const RECORD_TOKENS: usize = 8192;
 /// A tenant's shared text, in tokens.
@@ -118,6 +120,25 @@ pub struct Listed {
     pub tokens: usize,
 }
 
+/// There is no room for a public text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the public texts of a router have at most {most} tokens together, of which {held} are taken"
+)]
+pub struct PublicFull {
+    /// Tokens of the others.
+    held: usize,
+    /// Tokens of all.
+    most: usize,
+}
+
+impl PublicFull {
+    /// What to do about it.
+    pub fn class(&self) -> Class {
+        Class::Client
+    }
+}
+
 /// See the [module](self).
 #[derive(Debug)]
 pub struct Ledger {
@@ -177,8 +198,24 @@ impl Ledger {
     }
 
     /// Loads a public text for a tenant, or replaces it.
-    pub fn load(&mut self, owner: Owner, name: String, tokens: Vec<TokenId>, now: Instant) {
+    ///
+    /// # Errors
+    /// When the public texts would be more than half of what the log holds: it would lose them
+    /// and be told of them without end.
+    pub fn load(
+        &mut self,
+        owner: Owner,
+        name: String,
+        tokens: Vec<TokenId>,
+        now: Instant,
+    ) -> Result<(), PublicFull> {
         let key = (owner.scope, name);
+        let others = self.public.iter().filter(|(known, _)| **known != key);
+        let held: usize = others.map(|(_, text)| text.tokens.len()).sum();
+        let most = self.most_tokens() / 2;
+        if held + tokens.len() > most {
+            return Err(PublicFull { held, most });
+        }
         let replaced = self.public.remove(&key).is_some();
         let public = Public {
             owner: owner.clone(),
@@ -191,6 +228,8 @@ impl Ledger {
         } else {
             self.tell_one(&key, now);
         }
+        self.trim(now);
+        Ok(())
     }
 
     /// Drops a tenant's public text. False: there is none of that name.
@@ -264,6 +303,7 @@ impl Ledger {
             }
         }
         self.recount(now);
+        self.trim(now);
     }
 
     /// Counts the answers of the log anew.
@@ -281,10 +321,11 @@ impl Ledger {
     /// Lets go what is too old or too much, and tells of public texts again in time.
     pub fn trim(&mut self, now: Instant) {
         self.census.turn(now);
-        let most = self.config.bytes / TOKEN_BYTES;
+        let most = self.most_tokens();
         while let Some(first) = self.log.front() {
             let age = now.saturating_duration_since(first.made);
-            if self.tokens <= most && age < self.config.ttl {
+            let fits = self.tokens <= most && self.log.len() <= most / RECORD_COST;
+            if fits && age < self.config.ttl {
                 break;
             }
             self.tokens -= first.len();
@@ -313,6 +354,11 @@ impl Ledger {
         for key in due {
             self.tell_one(&key, now);
         }
+    }
+
+    /// Of the log.
+    fn most_tokens(&self) -> usize {
+        self.config.bytes / TOKEN_BYTES
     }
 
     fn append(

@@ -13,6 +13,6 @@ mod store;
 
 pub use chains::{LONGEST_MATCH, Match};
 pub use corpus::Corpus;
-pub use ledger::{Answer, Event, Ledger, LedgerConfig, Listed, Owner, Record};
+pub use ledger::{Answer, Event, Ledger, LedgerConfig, Listed, Owner, PublicFull, Record};
 pub use session::SessionIndex;
 pub use store::{SharedCorpus, Store};

@@ -54,7 +54,8 @@ impl Corpus {
         let tokens = admin::encode(&self.0, &model, text, options).await?;
         let owner = owner(&*self.0.cluster.model(&model)?, &tenant);
         let count = tokens.len() as u32;
-        self.0.cluster.corpora.load(owner, name, tokens);
+        let loaded = self.0.cluster.corpora.load(owner, name, tokens);
+        loaded.map_err(|full| RequestError::invalid("text", full.to_string()))?;
         Ok(LoadTextResponse { tokens: count })
     }
 

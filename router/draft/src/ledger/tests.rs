@@ -135,7 +135,8 @@ fn erased_users_leave_nothing_behind() {
     for user in ["a", "b", "c"] {
         learn(&mut ledger, "acme", user, &all);
     }
-    ledger.load(owner("acme"), "faq".into(), text(900, 20), Instant::now());
+    let faq = ledger.load(owner("acme"), "faq".into(), text(900, 20), Instant::now());
+    assert_eq!(faq, Ok(()));
     ledger.erase(vec![owner("acme")], Some("a"), Instant::now());
     let store = worker(&ledger);
     assert_eq!(drafted(&store, "acme", "a", &both), 0);
@@ -162,11 +163,18 @@ fn erased_users_leave_nothing_behind() {
 
 #[test]
 fn public_text_is_loaded_replaced_listed_and_dropped() {
-    let mut ledger = Ledger::new(config(3));
+    let mut ledger = Ledger::new(LedgerConfig {
+        bytes: 2 << 20,
+        ..config(3)
+    });
     let now = Instant::now();
-    ledger.load(owner("acme"), "faq".into(), text(100, 20_000), now);
-    ledger.load(owner("acme"), "terms".into(), text(50_000, 50), now);
-    ledger.load(owner("acme"), "faq".into(), text(30_000, 60), now);
+    for (name, text) in [
+        ("faq", text(100, 20_000)),
+        ("terms", text(50_000, 50)),
+        ("faq", text(30_000, 60)),
+    ] {
+        assert_eq!(ledger.load(owner("acme"), name.into(), text, now), Ok(()));
+    }
     let listed = ledger.list("acme");
     let names: Vec<_> = listed.iter().map(|l| (l.name.as_str(), l.tokens)).collect();
     assert_eq!(names, [("faq", 60), ("terms", 50)]);
@@ -188,7 +196,8 @@ fn the_log_is_bounded_and_public_text_outlives_it() {
         bytes: 32 * 4000,
         ..config(3)
     });
-    ledger.load(owner("acme"), "faq".into(), text(900, 20), Instant::now());
+    let faq = ledger.load(owner("acme"), "faq".into(), text(900, 20), Instant::now());
+    assert_eq!(faq, Ok(()));
     for answer in 0..500 {
         learn(&mut ledger, "acme", "a", &text(answer * 100, 50));
         assert!(ledger.tokens <= 4000);
@@ -209,6 +218,43 @@ fn the_log_is_bounded_and_public_text_outlives_it() {
         rest.iter()
             .all(|record| record.scope == owner("acme").scope.public())
     );
+}
+
+#[test]
+fn public_text_leaves_room_for_answers() {
+    let mut ledger = Ledger::new(LedgerConfig {
+        bytes: 32 * 4000,
+        ..config(3)
+    });
+    let mut load = |name: &str, tokens| {
+        let now = Instant::now();
+        ledger.load(owner("acme"), name.into(), text(0, tokens), now)
+    };
+    assert_eq!(load("faq", 1500), Ok(()));
+    let (held, most) = (1500, 2000);
+    assert_eq!(load("terms", 501), Err(PublicFull { held, most }));
+    assert_eq!(load("terms", 500), Ok(()));
+    // What is refused replaces nothing; what is replaced does not count.
+    assert_eq!(load("faq", 1501), Err(PublicFull { held: 500, most }));
+    for _ in 0..10 {
+        assert_eq!(load("faq", 1499), Ok(()));
+    }
+    assert!(ledger.tokens <= 4000);
+    let listed: Vec<_> = ledger.list("acme").iter().map(|text| text.tokens).collect();
+    assert_eq!(listed, [1499, 500]);
+}
+
+#[test]
+fn erasures_do_not_pile_up() {
+    let mut ledger = Ledger::new(LedgerConfig {
+        bytes: 32 * 4000,
+        ..config(3)
+    });
+    for user in 0..1000 {
+        let user = format!("{user}");
+        ledger.erase(vec![owner("acme")], Some(&user), Instant::now());
+        assert!(ledger.log.len() <= 500);
+    }
 }
 
 /// The probability that a member's score is above a stranger's, ties by half.
