@@ -115,7 +115,8 @@ unsafe fn total<L: Lanes>(logits: &[f32], max: f32, scale: f32) -> f64 {
     total
 }
 
-/// [`exp_neg`] of every lane.
+/// [`exp_neg`] of every lane. Unlike the `exp` of the activations it fuses no multiply-add, which
+/// in [`exp_neg`] would be a call of the math library.
 ///
 /// # Safety
 /// See [`Lanes`].
