@@ -1,6 +1,7 @@
 """Shoal and its peers: how each is installed into an environment of its own, and started."""
 
 import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -88,7 +89,8 @@ class Shoal:
 
     def start(self, streams):
         port = free_port()
-        return Server([self.binary, "up", "--listen", f"127.0.0.1:{port}", "--kv-size", KV, "--log", "error"], port)
+        command = [self.binary, "up", "--listen", f"127.0.0.1:{port}", "--log", "error"]
+        return Server(command, port, env={**os.environ, "SHOAL_WORKER_KV_SIZE": KV})
 
 
 class Llama:

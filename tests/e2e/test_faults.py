@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -89,6 +90,18 @@ def test_the_load_client(cluster, tmp_path):
     )
     report = json.loads(out.read_text())
     assert report["errors"] in (0, []) and report["requests"] == 64
+
+
+def test_the_benchmark_of_peers_runs():
+    """Without the peers, which take long to install."""
+    ran = subprocess.run(
+        [sys.executable, ROOT / "bench/peers.py", "--peers", "", "--points", "1 stream", "--repeats", "1", "--dry"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"^\| 1 stream, tok/s \| \d", ran.stdout, re.M), ran.stdout
 
 
 def test_a_worker_that_dies_is_replaced_and_its_streams_go_on():
