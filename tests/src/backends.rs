@@ -7,7 +7,7 @@ use std::time::Duration;
 use shoal_collective::shm::Ring;
 use shoal_engine::backend::{Backend, BackendError, Batch, NumericsId};
 use shoal_engine::candle::{CandleBackend, CandleOptions, CandleWeights};
-use shoal_engine::cpu::{CpuBackend, CpuOptions, ShardPlan};
+use shoal_engine::cpu::{CpuBackend, CpuOptions, PromptPrecision, ShardPlan};
 use shoal_engine::spec::ModelSpec;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
@@ -61,10 +61,11 @@ pub fn cpu_as(gguf: &Gguf, isa: Isa, threads: usize) -> CpuBackend {
     CpuBackend::load(gguf, spec, options(isa, threads)).expect("the model loads")
 }
 
-/// The options of the backends here.
+/// The options of the backends here: prompts as suit the machine.
 pub fn options(isa: Isa, threads: usize) -> CpuOptions {
     CpuOptions {
         isa,
+        prompts: PromptPrecision::best(Isa::detect()),
         threads,
         pages: PAGES,
         max_rows: ROWS,

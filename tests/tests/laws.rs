@@ -10,7 +10,7 @@ use std::time::Duration;
 use shoal_core::{Namespace, Sampling, Scoring, Speculation, Stopping, TokenId};
 use shoal_engine::backend::Backend;
 use shoal_engine::config::EngineConfig;
-use shoal_engine::cpu::{CpuBackend, CpuOptions};
+use shoal_engine::cpu::{CpuBackend, CpuOptions, PromptPrecision};
 use shoal_engine::engine::{Engine, EngineHandle};
 use shoal_engine::request::{
     Finish, Load, Logprob, Request, SequenceKey, SequenceOutput, StepSink, Usage,
@@ -102,6 +102,7 @@ impl Running {
         let gguf = demo_gguf();
         let options = CpuOptions {
             isa: Isa::detect(),
+            prompts: PromptPrecision::best(Isa::detect()),
             threads: 2 / setup.ranks,
             pages: setup.pages,
             max_rows: 256,

@@ -6,7 +6,7 @@ use std::{
 };
 
 use shoal_core::{Class, PAGE_TOKENS};
-use shoal_engine::config::EngineConfig;
+use shoal_engine::{config::EngineConfig, cpu::PromptPrecision};
 use shoal_fabric::{
     membership::{Endpoint, Member, Membership, Static},
     net::ListenConfig,
@@ -71,6 +71,17 @@ pub(crate) fn isa_name(isa: Isa) -> &'static str {
     }
 }
 
+/// How prompts are computed, by its name: `int8` or `bf16`.
+///
+/// # Errors
+/// When the name is another.
+pub fn parse_prompts(name: &str) -> Result<PromptPrecision, ConfigError> {
+    [PromptPrecision::Int8, PromptPrecision::Bf16]
+        .into_iter()
+        .find(|prompts| prompts.name() == name)
+        .ok_or_else(|| ConfigError::Prompts { given: name.into() })
+}
+
 /// A tensor-parallel group on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupConfig {
@@ -101,6 +112,8 @@ pub struct WorkerConfig {
     pub backend: BackendKind,
     /// Instruction set of the `cpu` backend; absent is the best of the machine.
     pub isa: Option<Isa>,
+    /// How the `cpu` backend computes prompts; absent is what suits its instruction set.
+    pub prompts: Option<PromptPrecision>,
     /// Ranks that share the model; absent is the worker alone.
     pub tensor_parallel: Option<GroupConfig>,
     /// Threads that compute, of each rank; absent is an equal share of the CPUs.
@@ -136,6 +149,7 @@ impl WorkerConfig {
             advertise: None,
             backend: BackendKind::default(),
             isa: None,
+            prompts: None,
             tensor_parallel: None,
             threads: None,
             kv_bytes: None,
@@ -185,6 +199,12 @@ impl WorkerConfig {
         self.tensor_parallel.as_ref().map_or(1, |group| group.ranks)
     }
 
+    /// The instruction set of the `cpu` backend, and how it computes prompts.
+    pub(crate) fn kernels(&self) -> (Isa, PromptPrecision) {
+        let isa = self.isa.unwrap_or_else(Isa::detect);
+        (isa, self.prompts.unwrap_or(PromptPrecision::best(isa)))
+    }
+
     /// Threads of each rank.
     pub(crate) fn rank_threads(&self) -> usize {
         let share = || available_parallelism().map_or(1, usize::from) / self.ranks();
@@ -222,6 +242,12 @@ pub enum ConfigError {
     /// Not an instruction set.
     #[error("the instruction set is scalar, avx2, avx512 or avx512bf16, not {given:?}")]
     Isa {
+        /// What was given.
+        given: String,
+    },
+    /// Not a way to compute prompts.
+    #[error("prompts are computed in int8 or bf16, not {given:?}")]
+    Prompts {
         /// What was given.
         given: String,
     },

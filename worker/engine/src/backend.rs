@@ -24,12 +24,26 @@ pub struct Batch<'a> {
     pub tokens: &'a [u32],
     /// Position of each row in its sequence, from 0.
     pub positions: &'a [u32],
-    /// Runs of consecutive positions of one sequence, in row order, covering every row once.
+    /// Runs of consecutive positions of one sequence, in row order, covering every row once:
+    /// those of outputs, then those of prompts.
     pub segments: &'a [Segment],
     /// KV pages of all sequences, one after the other; `Segment::pages` points in here.
     pub page_table: &'a [u32],
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: &'a [u32],
+}
+
+impl Batch<'_> {
+    /// How many rows are those of outputs; `None` if prompts come before one.
+    pub fn outputs(&self) -> Option<usize> {
+        let outputs = self
+            .segments
+            .partition_point(|segment| segment.role == Role::Output);
+        let mut rest = self.segments[outputs..].iter();
+        let ordered = rest.all(|segment| segment.role == Role::Prompt);
+        let rows = |segment: &Segment| segment.rows.end as usize;
+        ordered.then(|| self.segments[..outputs].last().map_or(0, rows))
+    }
 }
 
 /// Consecutive positions of one sequence.
@@ -55,6 +69,9 @@ pub enum BackendError {
         /// Rows that fit.
         max: usize,
     },
+    /// The rows of a batch are not in order.
+    #[error("a batch has rows of prompts before rows of outputs")]
+    Order,
     /// The weights do not match the spec, or are of an unsupported type.
     #[error("tensor {tensor}: {reason}")]
     Weights {

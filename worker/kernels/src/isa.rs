@@ -37,6 +37,11 @@ impl Isa {
         self <= Self::detect()
     }
 
+    /// Whether it has a product of bf16.
+    pub fn multiplies_bf16(self) -> bool {
+        self == Self::Avx512Bf16
+    }
+
     /// Itself, once checked: what every dispatcher calls before it enters a kernel.
     ///
     /// # Panics

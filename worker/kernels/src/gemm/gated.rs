@@ -39,8 +39,9 @@ pub fn gated(
                     stride: GATED,
                     write: Write::Set,
                 };
+                let (columns, panel) = (column..column + BLOCK, &mut scratch.panel);
                 // SAFETY: the shapes fit, and the tile is the item's own.
-                unsafe { linear.columns(isa, column..column + BLOCK, acts, rows.clone(), to) };
+                unsafe { linear.columns(isa, columns, acts, rows.clone(), to, panel) };
             }
             // SAFETY: a kernel of lanes.
             dispatch!(isa, multiply_gates::<_>(tile: &mut [f32]));
