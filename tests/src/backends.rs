@@ -57,15 +57,23 @@ pub fn cpu(gguf: &Gguf) -> CpuBackend {
 /// # Panics
 /// If the model does not load.
 pub fn cpu_as(gguf: &Gguf, isa: Isa, threads: usize) -> CpuBackend {
-    let spec = ModelSpec::from_gguf(gguf).expect("the model is supported");
-    CpuBackend::load(gguf, spec, options(isa, threads)).expect("the model loads")
+    cpu_with(gguf, options(isa, threads))
 }
 
-/// The options of the backends here: prompts as suit the machine.
+/// The engine's own backend.
+///
+/// # Panics
+/// If the model does not load.
+pub fn cpu_with(gguf: &Gguf, options: CpuOptions) -> CpuBackend {
+    let spec = ModelSpec::from_gguf(gguf).expect("the model is supported");
+    CpuBackend::load(gguf, spec, options).expect("the model loads")
+}
+
+/// The options of the backends here: prompts in bf16 on every machine.
 pub fn options(isa: Isa, threads: usize) -> CpuOptions {
     CpuOptions {
         isa,
-        prompts: PromptPrecision::best(Isa::detect()),
+        prompts: PromptPrecision::Bf16,
         threads,
         pages: PAGES,
         max_rows: ROWS,

@@ -235,7 +235,7 @@ fn load(model: &TestModel) -> Result<CpuBackend, BackendError> {
     let spec = ModelSpec::from_gguf(&gguf).expect("the model is supported");
     let options = CpuOptions {
         isa: Isa::detect(),
-        prompts: PromptPrecision::best(Isa::detect()),
+        prompts: PromptPrecision::Bf16,
         threads: 1,
         pages: 1,
         max_rows: 1,

@@ -102,7 +102,7 @@ impl Running {
         let gguf = demo_gguf();
         let options = CpuOptions {
             isa: Isa::detect(),
-            prompts: PromptPrecision::best(Isa::detect()),
+            prompts: PromptPrecision::Bf16,
             threads: 2 / setup.ranks,
             pages: setup.pages,
             max_rows: 256,
