@@ -47,13 +47,14 @@ impl FromStr for BackendKind {
     }
 }
 
-/// An instruction set by its name: `scalar`, `avx2`, `avx512` or `avx512bf16`.
+/// An instruction set by its name: `scalar`, `neon`, `avx2`, `avx512` or `avx512bf16`.
 ///
 /// # Errors
 /// When the name is another.
 pub fn parse_isa(name: &str) -> Result<Isa, ConfigError> {
     match name {
         "scalar" => Ok(Isa::Scalar),
+        "neon" => Ok(Isa::Neon),
         "avx2" => Ok(Isa::Avx2),
         "avx512" => Ok(Isa::Avx512),
         "avx512bf16" => Ok(Isa::Avx512Bf16),
@@ -65,6 +66,7 @@ pub fn parse_isa(name: &str) -> Result<Isa, ConfigError> {
 pub(crate) fn isa_name(isa: Isa) -> &'static str {
     match isa {
         Isa::Scalar => "scalar",
+        Isa::Neon => "neon",
         Isa::Avx2 => "avx2",
         Isa::Avx512 => "avx512",
         Isa::Avx512Bf16 => "avx512bf16",
@@ -240,7 +242,7 @@ pub enum ConfigError {
         given: String,
     },
     /// Not an instruction set.
-    #[error("the instruction set is scalar, avx2, avx512 or avx512bf16, not {given:?}")]
+    #[error("the instruction set is scalar, neon, avx2, avx512 or avx512bf16, not {given:?}")]
     Isa {
         /// What was given.
         given: String,

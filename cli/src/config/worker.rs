@@ -42,7 +42,7 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_WORKER_BACKEND", value_name = "BACKEND")]
     pub(crate) backend: Option<String>,
 
-    /// Instruction set of the cpu backend: scalar, avx2, avx512 or avx512bf16
+    /// Instruction set of the cpu backend: scalar, neon, avx2, avx512 or avx512bf16
     /// [default: the machine's best]
     #[arg(long, env = "SHOAL_ISA", value_name = "ISA")]
     pub(crate) isa: Option<String>,

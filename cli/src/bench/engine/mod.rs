@@ -32,7 +32,7 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
 
-    /// Instruction set: scalar, avx2, avx512 or avx512bf16 [default: the machine's best]
+    /// Instruction set: scalar, neon, avx2, avx512 or avx512bf16 [default: the machine's best]
     #[arg(long, value_name = "ISA", value_parser = parse_isa)]
     isa: Option<Isa>,
 

@@ -10,6 +10,8 @@
 mod dot;
 mod gated;
 mod kernel;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod panel;
 mod prompt;
 #[cfg(test)]

@@ -8,6 +8,8 @@
 //! block with an infinity or a NaN has a NaN scale, so that the fault stays visible in its
 //! own row and in no other.
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -215,6 +217,9 @@ impl Activations {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { x86::blocks_avx2(x, out) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            Isa::Neon => unsafe { neon::blocks(x, out) },
             _ => {
                 for (i, x) in x.iter().enumerate() {
                     // SAFETY: as above.
