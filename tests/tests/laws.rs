@@ -333,9 +333,9 @@ fn after_a_prefix_hit() {
 
 #[test]
 fn after_losing_its_pages() {
-    // Ten sequences that grow from 1 or 2 pages to 2 or 3.
+    // Ten sequences of which most grow by a page.
     let mut running = Running::start(&Setup {
-        pages: 7,
+        pages: 5,
         ..Setup::default()
     });
     running.all((0..10).map(request));

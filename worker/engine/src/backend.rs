@@ -209,3 +209,38 @@ pub trait Backend: Send {
         &[]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outputs_come_before_prompts() {
+        use Role::{Output, Prompt};
+        for (roles, outputs) in [
+            (&[][..], Some(0)),
+            (&[Prompt, Prompt], Some(0)),
+            (&[Output, Output], Some(6)),
+            (&[Output, Prompt], Some(3)),
+            (&[Prompt, Output], None),
+            (&[Output, Prompt, Output], None),
+        ] {
+            let segments: Vec<Segment> = (0..)
+                .zip(roles)
+                .map(|(i, &role)| Segment {
+                    rows: 3 * i..3 * i + 3,
+                    pages: 0..1,
+                    role,
+                })
+                .collect();
+            let batch = Batch {
+                tokens: &[],
+                positions: &[],
+                segments: &segments,
+                page_table: &[],
+                logit_rows: &[],
+            };
+            assert_eq!(batch.outputs(), outputs, "{roles:?}");
+        }
+    }
+}
