@@ -32,7 +32,7 @@ fn nothing_changes_a_bit(prompts: PromptPrecision) {
     let mut backend = cpu_as(Isa::detect(), 2);
     let alone = sequences().map(|tokens| {
         let mut sequence = Sequence::new((0..8).collect());
-        append(&mut backend, &mut sequence, &tokens, Role::Prompt).unwrap()
+        append(&mut backend, &mut sequence, &tokens, Role::Prompt).expect("a step")
     });
 
     // In one batch, on other pages, the last first.
@@ -41,7 +41,7 @@ fn nothing_changes_a_bit(prompts: PromptPrecision) {
         let mut sequence = Sequence::new((0..8).map(|page| 8 * i + 7 - page).collect());
         step.push(&mut sequence, &tokens, Role::Prompt);
     }
-    let together = step.run(&mut backend).unwrap();
+    let together = step.run(&mut backend).expect("a step");
     assert!(together == alone.iter().rev().flatten().copied().collect::<Vec<_>>());
 
     // In chunks beside another sequence, on one thread.
@@ -58,7 +58,7 @@ fn nothing_changes_a_bit(prompts: PromptPrecision) {
             let mut step = Step::default();
             step.push(&mut Sequence::new(vec![64]), &[5, 6], Role::Output);
             step.push(&mut sequence, part, Role::Prompt);
-            let logits = step.run(&mut backend).unwrap();
+            let logits = step.run(&mut backend).expect("a step");
             let (these, rest) = expected.split_at(part.len() * vocab);
             assert!(logits[2 * vocab..] == *these, "chunks of {chunk}");
             expected = rest;
@@ -68,7 +68,8 @@ fn nothing_changes_a_bit(prompts: PromptPrecision) {
     for isa in Isa::available() {
         let mut backend = cpu_as(isa, 2);
         let mut sequence = Sequence::scattered(&backend);
-        let logits = append(&mut backend, &mut sequence, &sequences()[0], Role::Prompt).unwrap();
+        let logits =
+            append(&mut backend, &mut sequence, &sequences()[0], Role::Prompt).expect("a step");
         assert!(logits == alone[0], "{isa:?}");
     }
 }

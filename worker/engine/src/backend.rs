@@ -36,13 +36,15 @@ pub struct Batch<'a> {
 impl Batch<'_> {
     /// How many rows are those of outputs; `None` if prompts come before one.
     pub fn outputs(&self) -> Option<usize> {
-        let outputs = self
-            .segments
-            .partition_point(|segment| segment.role == Role::Output);
-        let mut rest = self.segments[outputs..].iter();
-        let ordered = rest.all(|segment| segment.role == Role::Prompt);
-        let rows = |segment: &Segment| segment.rows.end as usize;
-        ordered.then(|| self.segments[..outputs].last().map_or(0, rows))
+        let is_output = |segment: &&Segment| segment.role == Role::Output;
+        let outputs = self.segments.iter().take_while(is_output);
+        let rows = outputs
+            .clone()
+            .last()
+            .map_or(0, |last| last.rows.end as usize);
+        let mut rest = self.segments[outputs.count()..].iter();
+        rest.all(|segment| segment.role == Role::Prompt)
+            .then_some(rows)
     }
 }
 
