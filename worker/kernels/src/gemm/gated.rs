@@ -24,9 +24,13 @@ pub fn gated(
     assert!(linear.n() == 2 * width && width.is_multiple_of(BLOCK));
     let blocks = width / BLOCK;
     // Few rows are read the quicker the longer the stretches of weights are.
-    let row_block = rows.min(ROW_BLOCK).max(1);
+    let row_block = rows.clamp(1, ROW_BLOCK);
     let most = (ROW_BLOCK / row_block).min(blocks / (ITEMS * team.threads()));
-    let together = BLOCK * (1..=most).rev().find(|n| blocks % n == 0).unwrap_or(1);
+    let together = BLOCK
+        * (1..=most)
+            .rev()
+            .find(|&n| blocks.is_multiple_of(n))
+            .unwrap_or(1);
     let blocks = width / together;
     let out = &*out;
     let items = blocks * rows.div_ceil(ROW_BLOCK);
