@@ -56,7 +56,7 @@ def test_seed_reproduces_and_is_returned(client):
 
 
 def test_choices(client):
-    answer = ask(client, n=3, temperature=1.0, seed=3)
+    answer = ask(client, n=3, temperature=1.0, seed=3, extra_body={"ignore_eos": True})
     assert [c.index for c in answer.choices] == [0, 1, 2]
     assert len({c.message.content for c in answer.choices}) == 3
     assert answer.usage.completion_tokens == 96
