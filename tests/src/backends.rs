@@ -7,7 +7,7 @@ use std::time::Duration;
 use shoal_collective::shm::Ring;
 use shoal_engine::backend::{Backend, BackendError, Batch, NumericsId};
 use shoal_engine::candle::{CandleBackend, CandleOptions, CandleWeights};
-use shoal_engine::cpu::{CpuBackend, CpuOptions, ShardPlan};
+use shoal_engine::cpu::{CpuBackend, CpuOptions, PromptPrecision, ShardPlan};
 use shoal_engine::spec::ModelSpec;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
@@ -57,14 +57,23 @@ pub fn cpu(gguf: &Gguf) -> CpuBackend {
 /// # Panics
 /// If the model does not load.
 pub fn cpu_as(gguf: &Gguf, isa: Isa, threads: usize) -> CpuBackend {
-    let spec = ModelSpec::from_gguf(gguf).expect("the model is supported");
-    CpuBackend::load(gguf, spec, options(isa, threads)).expect("the model loads")
+    cpu_with(gguf, options(isa, threads))
 }
 
-/// The options of the backends here.
+/// The engine's own backend.
+///
+/// # Panics
+/// If the model does not load.
+pub fn cpu_with(gguf: &Gguf, options: CpuOptions) -> CpuBackend {
+    let spec = ModelSpec::from_gguf(gguf).expect("the model is supported");
+    CpuBackend::load(gguf, spec, options).expect("the model loads")
+}
+
+/// The options of the backends here: prompts in bf16 on every machine.
 pub fn options(isa: Isa, threads: usize) -> CpuOptions {
     CpuOptions {
         isa,
+        prompts: PromptPrecision::Bf16,
         threads,
         pages: PAGES,
         max_rows: ROWS,

@@ -3,8 +3,9 @@
 
 use shoal_core::{Role, TokenId};
 use shoal_engine::backend::Backend;
+use shoal_engine::cpu::{CpuOptions, PromptPrecision};
 use shoal_kernels::Isa;
-use shoal_tests::backends::{cpu, cpu_as, demo_gguf};
+use shoal_tests::backends::{cpu_as, cpu_with, demo_gguf, options};
 use shoal_tests::drive::{Sequence, Step, append};
 
 /// Sequences of 12, 45 and 78 tokens.
@@ -13,12 +14,25 @@ fn sequences() -> [Vec<TokenId>; 3] {
 }
 
 #[test]
-fn nothing_changes_a_bit() {
+fn nothing_changes_a_bit_of_prompts_in_bf16() {
+    nothing_changes_a_bit(PromptPrecision::Bf16);
+}
+
+#[test]
+fn nothing_changes_a_bit_of_prompts_in_int8() {
+    nothing_changes_a_bit(PromptPrecision::Int8);
+}
+
+fn nothing_changes_a_bit(prompts: PromptPrecision) {
     let gguf = demo_gguf();
-    let mut backend = cpu(&gguf);
+    let cpu_as = |isa, threads| {
+        let options = options(isa, threads);
+        cpu_with(&gguf, CpuOptions { prompts, ..options })
+    };
+    let mut backend = cpu_as(Isa::detect(), 2);
     let alone = sequences().map(|tokens| {
         let mut sequence = Sequence::new((0..8).collect());
-        append(&mut backend, &mut sequence, &tokens, Role::Prompt).unwrap()
+        append(&mut backend, &mut sequence, &tokens, Role::Prompt).expect("a step")
     });
 
     // In one batch, on other pages, the last first.
@@ -27,12 +41,12 @@ fn nothing_changes_a_bit() {
         let mut sequence = Sequence::new((0..8).map(|page| 8 * i + 7 - page).collect());
         step.push(&mut sequence, &tokens, Role::Prompt);
     }
-    let together = step.run(&mut backend).unwrap();
+    let together = step.run(&mut backend).expect("a step");
     assert!(together == alone.iter().rev().flatten().copied().collect::<Vec<_>>());
 
     // In chunks beside another sequence, on one thread.
     let vocab = backend.spec().vocab;
-    let mut backend = cpu_as(&gguf, Isa::detect(), 1);
+    let mut backend = cpu_as(Isa::detect(), 1);
     for (chunk, tokens, expected) in sequences()
         .iter()
         .zip(&alone)
@@ -44,7 +58,7 @@ fn nothing_changes_a_bit() {
             let mut step = Step::default();
             step.push(&mut Sequence::new(vec![64]), &[5, 6], Role::Output);
             step.push(&mut sequence, part, Role::Prompt);
-            let logits = step.run(&mut backend).unwrap();
+            let logits = step.run(&mut backend).expect("a step");
             let (these, rest) = expected.split_at(part.len() * vocab);
             assert!(logits[2 * vocab..] == *these, "chunks of {chunk}");
             expected = rest;
@@ -52,12 +66,14 @@ fn nothing_changes_a_bit() {
     }
 
     for isa in Isa::available() {
-        let mut backend = cpu_as(&gguf, isa, 2);
+        let mut backend = cpu_as(isa, 2);
         let mut sequence = Sequence::scattered(&backend);
-        let logits = append(&mut backend, &mut sequence, &sequences()[0], Role::Prompt).unwrap();
+        let logits =
+            append(&mut backend, &mut sequence, &sequences()[0], Role::Prompt).expect("a step");
         assert!(logits == alone[0], "{isa:?}");
     }
 }
+
 /// Long contexts are shared out among threads.
 #[test]
 fn nothing_changes_a_bit_of_a_long_context() {
@@ -70,11 +86,12 @@ fn nothing_changes_a_bit_of_a_long_context() {
         let mut logits = Vec::new();
         for part in tokens.chunks(chunk) {
             let mut step = Step::default();
-            step.push(&mut sequence, part, Role::Prompt);
             for page in 0..beside {
                 step.push(&mut Sequence::new(vec![page]), &[5, 6], Role::Output);
             }
-            logits.extend_from_slice(&step.run(&mut backend).unwrap()[..part.len() * vocab]);
+            step.push(&mut sequence, part, Role::Prompt);
+            let others = 2 * beside as usize * vocab;
+            logits.extend_from_slice(&step.run(&mut backend).unwrap()[others..]);
         }
         // A single row has the threads to itself.
         logits.extend(append(&mut backend, &mut sequence, &[7], Role::Output).unwrap());

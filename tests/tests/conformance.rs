@@ -4,7 +4,7 @@
 use shoal_core::Class;
 use shoal_engine::backend::{Backend, BackendError};
 use shoal_engine::candle::CandleWeights;
-use shoal_engine::cpu::{CpuBackend, CpuOptions};
+use shoal_engine::cpu::{CpuBackend, CpuOptions, PromptPrecision};
 use shoal_engine::spec::ModelSpec;
 use shoal_gguf::testmodel::{Family, RopeScaling, TestModel};
 use shoal_gguf::{GgmlType, Gguf};
@@ -235,6 +235,7 @@ fn load(model: &TestModel) -> Result<CpuBackend, BackendError> {
     let spec = ModelSpec::from_gguf(&gguf).expect("the model is supported");
     let options = CpuOptions {
         isa: Isa::detect(),
+        prompts: PromptPrecision::Bf16,
         threads: 1,
         pages: 1,
         max_rows: 1,

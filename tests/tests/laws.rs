@@ -10,7 +10,7 @@ use std::time::Duration;
 use shoal_core::{Namespace, Sampling, Scoring, Speculation, Stopping, TokenId};
 use shoal_engine::backend::Backend;
 use shoal_engine::config::EngineConfig;
-use shoal_engine::cpu::{CpuBackend, CpuOptions};
+use shoal_engine::cpu::{CpuBackend, CpuOptions, PromptPrecision};
 use shoal_engine::engine::{Engine, EngineHandle};
 use shoal_engine::request::{
     Finish, Load, Logprob, Request, SequenceKey, SequenceOutput, StepSink, Usage,
@@ -102,6 +102,7 @@ impl Running {
         let gguf = demo_gguf();
         let options = CpuOptions {
             isa: Isa::detect(),
+            prompts: PromptPrecision::Bf16,
             threads: 2 / setup.ranks,
             pages: setup.pages,
             max_rows: 256,
@@ -332,9 +333,9 @@ fn after_a_prefix_hit() {
 
 #[test]
 fn after_losing_its_pages() {
-    // Ten sequences that grow from 1 or 2 pages to 2 or 3.
+    // Ten sequences of which most grow by a page.
     let mut running = Running::start(&Setup {
-        pages: 7,
+        pages: 5,
         ..Setup::default()
     });
     running.all((0..10).map(request));

@@ -6,7 +6,7 @@ use std::{
 };
 
 use shoal_core::{Class, PAGE_TOKENS};
-use shoal_engine::config::EngineConfig;
+use shoal_engine::{config::EngineConfig, cpu::PromptPrecision};
 use shoal_fabric::{
     membership::{Endpoint, Member, Membership, Static},
     net::ListenConfig,
@@ -47,13 +47,14 @@ impl FromStr for BackendKind {
     }
 }
 
-/// An instruction set by its name: `scalar`, `avx2`, `avx512` or `avx512bf16`.
+/// An instruction set by its name: `scalar`, `neon`, `avx2`, `avx512` or `avx512bf16`.
 ///
 /// # Errors
 /// When the name is another.
 pub fn parse_isa(name: &str) -> Result<Isa, ConfigError> {
     match name {
         "scalar" => Ok(Isa::Scalar),
+        "neon" => Ok(Isa::Neon),
         "avx2" => Ok(Isa::Avx2),
         "avx512" => Ok(Isa::Avx512),
         "avx512bf16" => Ok(Isa::Avx512Bf16),
@@ -65,10 +66,22 @@ pub fn parse_isa(name: &str) -> Result<Isa, ConfigError> {
 pub(crate) fn isa_name(isa: Isa) -> &'static str {
     match isa {
         Isa::Scalar => "scalar",
+        Isa::Neon => "neon",
         Isa::Avx2 => "avx2",
         Isa::Avx512 => "avx512",
         Isa::Avx512Bf16 => "avx512bf16",
     }
+}
+
+/// How prompts are computed, by its name: `int8` or `bf16`.
+///
+/// # Errors
+/// When the name is another.
+pub fn parse_prompts(name: &str) -> Result<PromptPrecision, ConfigError> {
+    [PromptPrecision::Int8, PromptPrecision::Bf16]
+        .into_iter()
+        .find(|prompts| prompts.name() == name)
+        .ok_or_else(|| ConfigError::Prompts { given: name.into() })
 }
 
 /// A tensor-parallel group on this machine.
@@ -101,6 +114,8 @@ pub struct WorkerConfig {
     pub backend: BackendKind,
     /// Instruction set of the `cpu` backend; absent is the best of the machine.
     pub isa: Option<Isa>,
+    /// How the `cpu` backend computes prompts; absent is what suits its instruction set.
+    pub prompts: Option<PromptPrecision>,
     /// Ranks that share the model; absent is the worker alone.
     pub tensor_parallel: Option<GroupConfig>,
     /// Threads that compute, of each rank; absent is an equal share of the CPUs.
@@ -136,6 +151,7 @@ impl WorkerConfig {
             advertise: None,
             backend: BackendKind::default(),
             isa: None,
+            prompts: None,
             tensor_parallel: None,
             threads: None,
             kv_bytes: None,
@@ -185,6 +201,12 @@ impl WorkerConfig {
         self.tensor_parallel.as_ref().map_or(1, |group| group.ranks)
     }
 
+    /// The instruction set of the `cpu` backend, and how it computes prompts.
+    pub(crate) fn kernels(&self) -> (Isa, PromptPrecision) {
+        let isa = self.isa.unwrap_or_else(Isa::detect);
+        (isa, self.prompts.unwrap_or(PromptPrecision::best(isa)))
+    }
+
     /// Threads of each rank.
     pub(crate) fn rank_threads(&self) -> usize {
         let share = || available_parallelism().map_or(1, usize::from) / self.ranks();
@@ -220,8 +242,14 @@ pub enum ConfigError {
         given: String,
     },
     /// Not an instruction set.
-    #[error("the instruction set is scalar, avx2, avx512 or avx512bf16, not {given:?}")]
+    #[error("the instruction set is scalar, neon, avx2, avx512 or avx512bf16, not {given:?}")]
     Isa {
+        /// What was given.
+        given: String,
+    },
+    /// Not a way to compute prompts.
+    #[error("prompts are computed in int8 or bf16, not {given:?}")]
+    Prompts {
         /// What was given.
         given: String,
     },

@@ -9,11 +9,10 @@ use shoal_engine::candle::{CandleBackend, CandleOptions, CandleWeights};
 use shoal_engine::cpu::{CpuBackend, CpuOptions, Estimate, ShardPlan};
 use shoal_engine::spec::{ModelSpec, SpecError};
 use shoal_gguf::{Gguf, GgufError};
-use shoal_kernels::Isa;
 use shoal_proto::worker::TokenizerBundle;
 use shoal_text::{TextError, bundle_from_gguf};
 
-use crate::config::{BackendKind, ConfigError, WorkerConfig, isa_name, parse_isa};
+use crate::config::{BackendKind, ConfigError, WorkerConfig, isa_name, parse_isa, parse_prompts};
 use crate::group::{GroupBackend, GroupError, Part, Watch};
 use crate::memory;
 
@@ -87,11 +86,13 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
         Speculation::Auto | Speculation::Fixed(_) => MAX_DRAFT_ROWS as usize,
     };
     let max_logit_rows = (config.engine.max_running + drafts).min(max_rows);
+    let (isa, prompts) = config.kernels();
     let mut group = None;
     let backend: Box<dyn Backend> = match (config.backend, &config.tensor_parallel) {
         (BackendKind::Cpu, None) => {
             let options = CpuOptions {
-                isa: config.isa.unwrap_or_else(Isa::detect),
+                isa,
+                prompts,
                 threads: config.rank_threads(),
                 pages,
                 max_rows,
@@ -105,7 +106,8 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
                 rank: 0,
                 world: settings.ranks,
                 context: spec.context,
-                isa: isa_name(config.isa.unwrap_or_else(Isa::detect)).to_owned(),
+                isa: isa_name(isa).to_owned(),
+                prompts: prompts.name().to_owned(),
                 threads: config.rank_threads(),
                 pages,
                 max_rows,
@@ -156,6 +158,7 @@ pub(crate) fn rank(part: &Part) -> Result<CpuBackend, LoadError> {
 pub(crate) fn rank_of(gguf: &Gguf, spec: ModelSpec, part: &Part) -> Result<CpuBackend, LoadError> {
     let options = CpuOptions {
         isa: parse_isa(&part.isa)?,
+        prompts: parse_prompts(&part.prompts)?,
         threads: part.threads,
         pages: part.pages,
         max_rows: part.max_rows,

@@ -9,7 +9,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use shoal_fabric::net::{Limits, ListenConfig};
 use shoal_fabric::telemetry::LogConfig;
-use shoal_worker::{GroupConfig, RankCommand, WorkerConfig, parse_isa};
+use shoal_worker::{GroupConfig, RankCommand, WorkerConfig, parse_isa, parse_prompts};
 
 use super::values::{Size, Time};
 use super::{ConfigError, Section, log, tls};
@@ -42,10 +42,15 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_WORKER_BACKEND", value_name = "BACKEND")]
     pub(crate) backend: Option<String>,
 
-    /// Instruction set of the cpu backend: scalar, avx2, avx512 or avx512bf16
+    /// Instruction set of the cpu backend: scalar, neon, avx2, avx512 or avx512bf16
     /// [default: the machine's best]
     #[arg(long, env = "SHOAL_ISA", value_name = "ISA")]
     pub(crate) isa: Option<String>,
+
+    /// Activations of prompts on the cpu backend: int8 as those of answers, or bf16, ten times
+    /// closer to float32 [default: bf16 where the instruction set multiplies it]
+    #[arg(long, env = "SHOAL_WORKER_PROMPT_PRECISION", value_name = "int8|bf16")]
+    pub(crate) prompt_precision: Option<String>,
 
     /// Processes that share the model on this machine, each with a part of it [default: 1]
     #[arg(long, env = "SHOAL_WORKER_TENSOR_PARALLEL", value_name = "N")]
@@ -189,6 +194,11 @@ impl WorkerSettings {
             advertise: self.advertise.map(|address| address.parse()).transpose()?,
             backend,
             isa: self.isa.as_deref().map(parse_isa).transpose()?,
+            prompts: self
+                .prompt_precision
+                .as_deref()
+                .map(parse_prompts)
+                .transpose()?,
             tensor_parallel,
             threads: self.threads,
             kv_bytes: self.kv_size.map(|size| size.0),

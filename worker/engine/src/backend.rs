@@ -24,12 +24,28 @@ pub struct Batch<'a> {
     pub tokens: &'a [u32],
     /// Position of each row in its sequence, from 0.
     pub positions: &'a [u32],
-    /// Runs of consecutive positions of one sequence, in row order, covering every row once.
+    /// Runs of consecutive positions of one sequence, in row order, covering every row once:
+    /// those of outputs, then those of prompts.
     pub segments: &'a [Segment],
     /// KV pages of all sequences, one after the other; `Segment::pages` points in here.
     pub page_table: &'a [u32],
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: &'a [u32],
+}
+
+impl Batch<'_> {
+    /// How many rows are those of outputs; `None` if prompts come before one.
+    pub fn outputs(&self) -> Option<usize> {
+        let is_output = |segment: &&Segment| segment.role == Role::Output;
+        let outputs = self.segments.iter().take_while(is_output);
+        let rows = outputs
+            .clone()
+            .last()
+            .map_or(0, |last| last.rows.end as usize);
+        let mut rest = self.segments[outputs.count()..].iter();
+        rest.all(|segment| segment.role == Role::Prompt)
+            .then_some(rows)
+    }
 }
 
 /// Consecutive positions of one sequence.
@@ -55,6 +71,9 @@ pub enum BackendError {
         /// Rows that fit.
         max: usize,
     },
+    /// The rows of a batch are not in order.
+    #[error("a batch has rows of prompts before rows of outputs")]
+    Order,
     /// The weights do not match the spec, or are of an unsupported type.
     #[error("tensor {tensor}: {reason}")]
     Weights {
@@ -190,5 +209,40 @@ pub trait Backend: Send {
     /// [`block_maxima`]: shoal_kernels::logits::block_maxima
     fn maxima(&self) -> &[f32] {
         &[]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outputs_come_before_prompts() {
+        use Role::{Output, Prompt};
+        for (roles, outputs) in [
+            (&[][..], Some(0)),
+            (&[Prompt, Prompt], Some(0)),
+            (&[Output, Output], Some(6)),
+            (&[Output, Prompt], Some(3)),
+            (&[Prompt, Output], None),
+            (&[Output, Prompt, Output], None),
+        ] {
+            let segments: Vec<Segment> = (0..)
+                .zip(roles)
+                .map(|(i, &role)| Segment {
+                    rows: 3 * i..3 * i + 3,
+                    pages: 0..1,
+                    role,
+                })
+                .collect();
+            let batch = Batch {
+                tokens: &[],
+                positions: &[],
+                segments: &segments,
+                page_table: &[],
+                logit_rows: &[],
+            };
+            assert_eq!(batch.outputs(), outputs, "{roles:?}");
+        }
     }
 }

@@ -179,6 +179,14 @@ impl Sequence {
         self.tokens.len() - self.computed
     }
 
+    /// Of the pending tokens, the first ones that have the same role.
+    pub(crate) fn pending_of_a_role(&self) -> usize {
+        match self.prompt.saturating_sub(self.computed) {
+            0 => self.pending(),
+            prompt => prompt,
+        }
+    }
+
     /// The output from a position on.
     pub(crate) fn output_from(&self, offset: usize) -> &[TokenId] {
         &self.tokens[self.prompt + offset..]

@@ -106,8 +106,15 @@ fn main() {
             vnni / 1e12
         );
         println!("shape     rows      us/call    GB/s     %    TOPS     %");
-        for rows in [1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 512] {
-            let seconds = step(&mut team, arena.as_slice(), isa, &matrices, rows);
+        let decodes = [1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 512];
+        let prompts = [16, 32, 64, 128, 512];
+        let decodes = decodes.map(|rows| (rows, "int8"));
+        for (rows, kind) in decodes
+            .into_iter()
+            .chain(prompts.map(|rows| (rows, "bf16")))
+        {
+            let prompts = kind == "bf16";
+            let seconds = step(&mut team, arena.as_slice(), isa, &matrices, rows, prompts);
             let mut all = [0.0; 3];
             for (i, (name, n, k, _, copies)) in SHAPES.iter().enumerate() {
                 let bytes = (copies * layouts[i].bytes()) as f64;
@@ -116,7 +123,7 @@ fn main() {
                 all = std::array::from_fn(|i| all[i] + sums[i]);
                 report(name, rows, *copies, sums, read, vnni);
             }
-            report("all", rows, 1, all, read, vnni);
+            report(kind, rows, 1, all, read, vnni);
         }
     }
 }
@@ -128,11 +135,16 @@ fn step(
     isa: Isa,
     matrices: &[Vec<Placed>],
     rows: usize,
+    prompts: bool,
 ) -> [f64; SHAPES.len()] {
     let mut acts: Vec<Activations> = Vec::new();
     for (_, _, k, format, _) in SHAPES {
         let x: Vec<f32> = (0..k).map(|i| (i % 13) as f32 - 6.0).collect();
         let mut rows_of = Activations::new(rows, k, [format.precision()]);
+        if prompts {
+            rows_of = rows_of.with_prompts();
+            rows_of.set_prompts(0);
+        }
         (0..rows).for_each(|row| rows_of.write(isa, row, 0, &x));
         acts.push(rows_of);
     }

@@ -5,7 +5,7 @@
 //! flushes subnormals, as AVX-512 BF16 does, gives the same bits as one that does not.
 
 use crate::Isa;
-use crate::simd::{Lanes, dispatch};
+use crate::simd::{LANES, Lanes, dispatch};
 
 /// The least magnitude that is kept: 2⁻⁵⁵.
 const LEAST: u32 = (127 - 55) << 23;
@@ -57,6 +57,28 @@ pub(crate) trait Pairs<L: Lanes> {
     unsafe fn load(p: *const u32) -> Self::Words;
     /// `sum + high(words) * high(by) + low(words) * low(by)`, rounded after each addition.
     unsafe fn dot(sum: L, words: Self::Words, by: u32) -> L;
+    /// Stores sixteen pairs, each lane rounded to nearest even; all lanes are zero or normal.
+    #[inline(always)]
+    unsafe fn round(low: L, high: L, p: *mut u32) {
+        let [mut lows, mut highs] = [[0.0; LANES]; 2];
+        // SAFETY: the caller vouches for sixteen words.
+        unsafe {
+            low.store(lows.as_mut_ptr());
+            high.store(highs.as_mut_ptr());
+            let pairs = std::array::from_fn(|i| nearest(lows[i]) >> 16 | nearest(highs[i]) & HIGH);
+            p.cast::<[u32; LANES]>().write_unaligned(pairs);
+        }
+    }
+}
+
+/// The upper half of a word.
+const HIGH: u32 = 0xffff_0000;
+
+/// A normal number, rounded to nearest even in its upper half.
+#[inline(always)]
+fn nearest(x: f32) -> u32 {
+    let bits = x.to_bits();
+    bits.wrapping_add(0x7fff + (bits >> 16 & 1))
 }
 
 /// By fused multiply-adds.
@@ -75,7 +97,7 @@ impl<L: Lanes> Pairs<L> for Fused {
     unsafe fn dot(sum: L, (low, high): Self::Words, by: u32) -> L {
         // SAFETY: the caller's contract. The products are exact, so fusing rounds nothing away.
         unsafe {
-            let sum = high.fma(L::splat(f32::from_bits(by & 0xffff_0000)), sum);
+            let sum = high.fma(L::splat(f32::from_bits(by & HIGH)), sum);
             low.fma(L::splat(f32::from_bits(by << 16)), sum)
         }
     }
@@ -108,6 +130,22 @@ mod native {
                 // A cast of 512 bits to 512 bits, which has no intrinsic of its own.
                 let [words, by] = [words, by].map(|x| std::mem::transmute::<__m512i, __m512bh>(x));
                 Avx512(_mm512_dpbf16_ps(sum.0, words, by))
+            }
+        }
+        #[inline(always)]
+        unsafe fn round(low: Avx512, high: Avx512, p: *mut u32) {
+            unsafe {
+                // The lows, then the highs.
+                let halves = _mm512_cvtne2ps_pbh(high.0, low.0);
+                let halves = std::mem::transmute::<__m512bh, __m512i>(halves);
+                let order = _mm512_add_epi32(
+                    _mm512_set1_epi32(16 << 16),
+                    _mm512_mullo_epi32(
+                        _mm512_set1_epi32(0x1_0001),
+                        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                    ),
+                );
+                _mm512_storeu_si512(p.cast(), _mm512_permutexvar_epi16(order, halves));
             }
         }
     }
@@ -143,7 +181,6 @@ pub(crate) use dispatch_pairs;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::LANES;
     use crate::testing::{isas, random};
 
     #[test]

@@ -2,11 +2,13 @@
 
 use std::sync::OnceLock;
 
-/// An instruction set, from the least to the most able. All give the same bits.
+/// An instruction set, from the least to the most able of an architecture. All give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Isa {
     /// Portable Rust, on every machine.
     Scalar,
+    /// 64-bit ARM with NEON and its dot products.
+    Neon,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL, DQ and VNNI.
@@ -17,7 +19,13 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, available or not.
-    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: [Self; 5] = [
+        Self::Scalar,
+        Self::Neon,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Bf16,
+    ];
 
     /// The best that this machine has.
     #[inline]
@@ -34,7 +42,13 @@ impl Isa {
     /// Whether this machine has it.
     #[inline]
     pub fn is_available(self) -> bool {
-        self <= Self::detect()
+        // The sets of x86-64 come after NEON and do not have it.
+        self <= Self::detect() && (self != Self::Neon || cfg!(target_arch = "aarch64"))
+    }
+
+    /// Whether it has a product of bf16.
+    pub fn multiplies_bf16(self) -> bool {
+        self == Self::Avx512Bf16
     }
 
     /// Itself, once checked: what every dispatcher calls before it enters a kernel.
@@ -66,7 +80,16 @@ fn best() -> Isa {
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+fn best() -> Isa {
+    use std::arch::is_aarch64_feature_detected;
+    match is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod") {
+        true => Isa::Neon,
+        false => Isa::Scalar,
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn best() -> Isa {
     Isa::Scalar
 }
@@ -80,5 +103,10 @@ mod tests {
         let all: Vec<Isa> = Isa::available().collect();
         assert_eq!(all.first(), Some(&Isa::Scalar));
         assert_eq!(all.last(), Some(&Isa::detect()));
+    }
+
+    #[test]
+    fn no_machine_is_of_two_architectures() {
+        assert_eq!(Isa::Neon.is_available(), Isa::detect() == Isa::Neon);
     }
 }

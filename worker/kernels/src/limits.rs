@@ -52,6 +52,11 @@ pub fn dot_rate(pool: &mut Pool, isa: Isa) -> Option<f64> {
         // SAFETY: `checked` found the features.
         return Some(rate(pool, x86::DOT_OPS, || unsafe { x86::dots() }));
     }
+    #[cfg(target_arch = "aarch64")]
+    if isa.checked() == Isa::Neon {
+        // SAFETY: `checked` found the features.
+        return Some(rate(pool, neon::DOT_OPS, || unsafe { neon::dots() }));
+    }
     let _ = (pool, isa);
     None
 }
@@ -67,13 +72,18 @@ pub fn fma_rate(pool: &mut Pool, isa: Isa) -> Option<f64> {
         }
         // SAFETY: as above.
         Isa::Avx2 => return Some(rate(pool, x86::FMA_OPS, || unsafe { x86::fmas256() })),
-        Isa::Scalar => {}
+        _ => {}
+    }
+    #[cfg(target_arch = "aarch64")]
+    if isa.checked() == Isa::Neon {
+        // SAFETY: `checked` found the features.
+        return Some(rate(pool, neon::FMA_OPS, || unsafe { neon::fmas() }));
     }
     let _ = (pool, isa);
     None
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 fn rate(pool: &mut Pool, ops: usize, run: impl Fn() + Sync) -> f64 {
     let items = pool.threads();
     let seconds = best(WINDOWS, || pool.phase(items, |_| run()));
@@ -139,6 +149,46 @@ mod x86 {
     }
 }
 
+/// The same for 64-bit ARM, where a core has up to four units for them.
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use std::arch::aarch64::*;
+    use std::hint::black_box;
+
+    use crate::simd::sdot;
+
+    const CHAINS: usize = 16;
+    const ROUNDS: usize = 4_000;
+    /// Operations of [`dots`].
+    pub(super) const DOT_OPS: usize = CHAINS * ROUNDS * 32;
+    /// Operations of [`fmas`].
+    pub(super) const FMA_OPS: usize = CHAINS * ROUNDS * 8;
+
+    #[target_feature(enable = "neon,dotprod")]
+    pub(super) fn dots() {
+        let (a, b) = (black_box(vdupq_n_s8(3)), black_box(vdupq_n_s8(5)));
+        let mut sums = [vdupq_n_s32(0); CHAINS];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = sdot::<0>(*sum, a, b);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "neon")]
+    pub(super) fn fmas() {
+        let (a, b) = (black_box(vdupq_n_f32(0.5)), black_box(vdupq_n_f32(1.0)));
+        let mut sums = [vdupq_n_f32(0.0); CHAINS];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = vfmaq_f32(b, *sum, a);
+            }
+        }
+        black_box(sums);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,7 +199,10 @@ mod tests {
         assert!(read_rate(&mut pool, &vec![1; 4 << 20]) > 0.0);
         for isa in Isa::available() {
             assert_eq!(fma_rate(&mut pool, isa).is_some(), isa != Isa::Scalar);
-            assert_eq!(dot_rate(&mut pool, isa).is_some(), isa >= Isa::Avx512);
+            assert_eq!(
+                dot_rate(&mut pool, isa).is_some(),
+                !matches!(isa, Isa::Scalar | Isa::Avx2)
+            );
         }
     }
 }

@@ -179,6 +179,11 @@ impl Lanes for Scalar {
     }
 }
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::{Neon, sdot};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
@@ -469,30 +474,39 @@ mod x86 {
 macro_rules! dispatch {
     ($isa:expr, $kernel:ident::<_ $(, $c:tt)*>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?) => {{
         #[cfg(target_arch = "x86_64")]
-        {
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,f16c")]
-            unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {
-                // SAFETY: the features are enabled here; the rest is the caller's contract.
-                unsafe { $kernel::<$crate::simd::Avx512 $(, $c)*>($($arg),*) }
-            }
-            #[target_feature(enable = "fma,avx2,f16c")]
-            unsafe fn avx2($($arg: $ty),*) $(-> $ret)? {
-                // SAFETY: the features are enabled here; the rest is the caller's contract.
-                unsafe { $kernel::<$crate::simd::Avx2 $(, $c)*>($($arg),*) }
-            }
-            match $isa.checked() {
-                // SAFETY: `checked` found the features.
-                $crate::Isa::Avx512 | $crate::Isa::Avx512Bf16 => unsafe { avx512($($arg),*) },
-                $crate::Isa::Avx2 => unsafe { avx2($($arg),*) },
-                $crate::Isa::Scalar => unsafe { $kernel::<$crate::simd::Scalar $(, $c)*>($($arg),*) },
-            }
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,avx2,f16c")]
+        unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {
+            // SAFETY: the features are enabled here; the rest is the caller's contract.
+            unsafe { $kernel::<$crate::simd::Avx512 $(, $c)*>($($arg),*) }
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        {
-            let _ = $isa;
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "fma,avx2,f16c")]
+        unsafe fn avx2($($arg: $ty),*) $(-> $ret)? {
+            // SAFETY: the features are enabled here; the rest is the caller's contract.
+            unsafe { $kernel::<$crate::simd::Avx2 $(, $c)*>($($arg),*) }
+        }
+        #[cfg(target_arch = "aarch64")]
+        #[target_feature(enable = "neon,dotprod")]
+        unsafe fn neon($($arg: $ty),*) $(-> $ret)? {
+            // SAFETY: the features are enabled here; the rest is the caller's contract.
+            unsafe { $kernel::<$crate::simd::Neon $(, $c)*>($($arg),*) }
+        }
+        match $isa.checked() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `checked` found the features.
+            $crate::Isa::Avx512 | $crate::Isa::Avx512Bf16 => unsafe { avx512($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            $crate::Isa::Avx2 => unsafe { avx2($($arg),*) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            $crate::Isa::Neon => unsafe { neon($($arg),*) },
             // SAFETY: the scalar lanes need no features; the rest is the caller's contract.
-            unsafe { $kernel::<$crate::simd::Scalar $(, $c)*>($($arg),*) }
+            _ => unsafe { $kernel::<$crate::simd::Scalar $(, $c)*>($($arg),*) },
         }
     }};
 }
 pub(crate) use dispatch;
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use crate::Isa;
 use crate::attention::{self, MAX_QUERIES};
-use crate::gemm::ROW_BLOCK;
+use crate::gemm::{Panel, ROW_BLOCK};
 use crate::pool::Pool;
 
 /// Columns of a gate and an up projection whose products are one block of activations.
@@ -20,6 +20,8 @@ pub struct Team {
 pub(crate) struct Scratch {
     /// A row of a model, or some columns of a block of rows, or the results of queries.
     pub(crate) tile: Vec<f32>,
+    /// Weights of a few strips, widened.
+    pub(crate) panel: Panel,
     pub(crate) attention: attention::Scratch,
 }
 
@@ -38,6 +40,7 @@ impl Team {
             .max(MAX_QUERIES * head_dim);
         let scratch = (0..pool.threads()).map(|_| Scratch {
             tile: vec![0.0; tile],
+            panel: Panel::default(),
             attention: attention::Scratch::new(head_dim),
         });
         Ok(Self {

@@ -34,6 +34,8 @@ pub(crate) struct Part {
     pub(crate) context: usize,
     /// An instruction set by its name.
     pub(crate) isa: String,
+    /// How prompts are computed, by its name.
+    pub(crate) prompts: String,
     pub(crate) threads: usize,
     pub(crate) pages: u32,
     pub(crate) max_rows: usize,

@@ -92,6 +92,14 @@ impl Group {
         self.position + self.rows
     }
 
+    /// Here, only prompts have several rows.
+    fn role(&self) -> Role {
+        match self.rows {
+            1 => Role::Output,
+            _ => Role::Prompt,
+        }
+    }
+
     /// Pages of a sequence.
     fn pages(&self) -> usize {
         self.end().div_ceil(PAGE_TOKENS)
@@ -144,7 +152,7 @@ impl Layout {
                 layout.segments.push(Segment {
                     rows: row..layout.tokens.len() as u32,
                     pages: pages..layout.page_table.len() as u32,
-                    role: Role::Output,
+                    role: group.role(),
                 });
                 layout.logit_rows.push(layout.tokens.len() as u32 - 1);
             }

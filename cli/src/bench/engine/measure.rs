@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use shoal_core::{PAGE_TOKENS, Sampling};
 use shoal_engine::backend::Backend;
 use shoal_engine::config::EngineConfig;
-use shoal_engine::cpu::{CpuBackend, CpuOptions, Phase};
+use shoal_engine::cpu::{CpuBackend, CpuOptions, Phase, PromptPrecision};
 use shoal_engine::sampler::{Counts, Draw, Sampler};
 use shoal_engine::spec::ModelSpec;
 use shoal_gguf::Gguf;
@@ -55,6 +55,7 @@ pub(crate) fn run(args: &EngineArgs, path: &Path) -> Result<Report, EngineBenchE
     };
     let options = CpuOptions {
         isa,
+        prompts: args.prompt_precision.unwrap_or(PromptPrecision::best(isa)),
         threads,
         pages,
         max_rows: steps().map(Layout::rows).max().unwrap_or(1).max(LOGIT_ROWS),

@@ -10,10 +10,11 @@ use std::time::Duration;
 use clap::Args;
 use shoal_core::Class;
 use shoal_engine::backend::BackendError;
+use shoal_engine::cpu::PromptPrecision;
 use shoal_engine::spec::SpecError;
 use shoal_gguf::GgufError;
 use shoal_kernels::Isa;
-use shoal_worker::parse_isa;
+use shoal_worker::{parse_isa, parse_prompts};
 
 use crate::config::StoreSettings;
 use crate::store::ModelSource;
@@ -31,9 +32,13 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
 
-    /// Instruction set: scalar, avx2, avx512 or avx512bf16 [default: the machine's best]
+    /// Instruction set: scalar, neon, avx2, avx512 or avx512bf16 [default: the machine's best]
     #[arg(long, value_name = "ISA", value_parser = parse_isa)]
     isa: Option<Isa>,
+
+    /// Activations of prompts: int8 or bf16 [default: bf16 where the instruction set multiplies it]
+    #[arg(long, value_name = "int8|bf16", value_parser = parse_prompts)]
+    prompt_precision: Option<PromptPrecision>,
 
     /// Only the cases whose name contains this
     #[arg(long, value_name = "TEXT", default_value = "")]

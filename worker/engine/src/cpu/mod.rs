@@ -1,5 +1,6 @@
-//! The CPU backend: every row on the int8 path, bf16 keys and values, one order of
-//! operations for every instruction set, batch and thread count.
+//! The CPU backend: rows of output on the int8 path, those of prompts on it or the bf16 path,
+//! bf16 keys and values, one order of operations for every instruction set, batch and thread
+//! count.
 //!
 //! The ranks of a tensor-parallel group are backends of a [shard](ShardPlan) each. Rank 0 is the
 //! one that an engine has: its step sends the batch to the others, who [follow](CpuBackend::follow).
@@ -31,13 +32,44 @@ pub use shard::{Estimate, Shard, ShardError, ShardPlan};
 use weights::{Layer, Linear, Weights};
 
 /// Raised whenever a change of the kernels changes a bit of a result.
-const NUMERICS_VERSION: u32 = 2;
+const NUMERICS_VERSION: u32 = 3;
+
+/// How the activations of a prompt are kept where the weights are quantised, from the norm
+/// before the first layer to the logits of its last token. Those of an output are int8.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PromptPrecision {
+    /// As those of an output: the fastest on machines without products of bf16.
+    Int8,
+    /// bf16, ten times closer to f32.
+    Bf16,
+}
+
+impl PromptPrecision {
+    /// What suits machines with `isa`.
+    pub fn best(isa: Isa) -> Self {
+        if isa.multiplies_bf16() {
+            Self::Bf16
+        } else {
+            Self::Int8
+        }
+    }
+
+    /// Its name: `int8` or `bf16`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Int8 => "int8",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
 
 /// How a [`CpuBackend`] is built.
 #[derive(Clone, Debug)]
 pub struct CpuOptions {
     /// The instruction set; it changes the speed, never a result.
     pub isa: Isa,
+    /// How prompts are computed: part of the numerics.
+    pub prompts: PromptPrecision,
     /// Threads that compute.
     pub threads: usize,
     /// Pages of the KV pool.
@@ -81,6 +113,26 @@ struct Scratch {
     head: Activations,
     /// Of the blocks of every row of logits.
     maxima: Vec<f32>,
+}
+
+impl Scratch {
+    /// Says which rows are those of prompts.
+    fn set_prompts(&mut self, batch: &Batch<'_>) -> Result<(), BackendError> {
+        let outputs = batch.outputs().ok_or(BackendError::Order)?;
+        for inputs in [
+            &mut self.attn_in,
+            &mut self.attn_out,
+            &mut self.ffn_in,
+            &mut self.ffn_out,
+        ] {
+            inputs.set_prompts(outputs);
+        }
+        let picked = batch
+            .logit_rows
+            .partition_point(|&row| (row as usize) < outputs);
+        self.head.set_prompts(picked);
+        Ok(())
+    }
 }
 
 impl CpuBackend {
@@ -136,19 +188,27 @@ impl CpuBackend {
         sha.update(weights_digest(gguf, &spec));
         sha.update(b"cpu bf16");
         sha.update(NUMERICS_VERSION.to_le_bytes());
+        sha.update(options.prompts.name());
         if shards.world() > 1 {
             shards.hash(&mut sha);
         }
         let rows = options.max_rows;
+        let inputs = |width, consumers: &mut dyn Iterator<Item = &Linear>| {
+            let inputs = Activations::new(rows, width, consumers.flat_map(Linear::precisions));
+            match options.prompts {
+                PromptPrecision::Int8 => inputs,
+                PromptPrecision::Bf16 => inputs.with_prompts(),
+            }
+        };
         let scratch = Scratch {
             residual: vec![0.0; rows * spec.d_model],
             queries: vec![0; rows * q_width / 2],
             rope: vec![0.0; rows * 2 * spec.rope.inv_freq.len()],
-            attn_in: inputs(rows, spec.d_model, weights.each(|layer| &layer.qkv)),
-            attn_out: inputs(rows, q_width, weights.each(|layer| &layer.attn_output)),
-            ffn_in: inputs(rows, spec.d_model, weights.each(|layer| &layer.gate_up)),
-            ffn_out: inputs(rows, shard.ff.len(), weights.each(|layer| &layer.down)),
-            head: inputs(rows, spec.d_model, std::iter::once(&weights.head)),
+            attn_in: inputs(spec.d_model, &mut weights.each(|layer| &layer.qkv)),
+            attn_out: inputs(q_width, &mut weights.each(|layer| &layer.attn_output)),
+            ffn_in: inputs(spec.d_model, &mut weights.each(|layer| &layer.gate_up)),
+            ffn_out: inputs(shard.ff.len(), &mut weights.each(|layer| &layer.down)),
+            head: inputs(spec.d_model, &mut std::iter::once(&weights.head)),
             maxima: vec![0.0; options.max_logit_rows * spec.vocab.div_ceil(logits::BLOCK)],
         };
         Ok(Self {
@@ -273,17 +333,9 @@ impl CpuBackend {
             position: batch.positions[segment.rows.start as usize] as usize,
             pages: &batch.page_table[segment.pages.start as usize..segment.pages.end as usize],
         }));
+        self.scratch.set_prompts(batch)?;
         Ok(self.forward(batch, logits)?)
     }
-}
-
-/// Room for `rows` rows of inputs, in every precision that one of `consumers` takes.
-fn inputs<'a>(
-    rows: usize,
-    width: usize,
-    consumers: impl Iterator<Item = &'a Linear>,
-) -> Activations {
-    Activations::new(rows, width, consumers.flat_map(Linear::precisions))
 }
 
 /// Whether the kernels can run a model of this shape.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use shoal_core::TokenId;
+use shoal_core::{Role, TokenId};
 
 use crate::backend::{Batch, Segment};
 use crate::sequence::Sequence;
@@ -33,7 +33,8 @@ pub(crate) struct BatchBuffer {
 }
 
 impl BatchBuffer {
-    /// Lays out the planned rows of the running sequences: decode rows, then the rest.
+    /// Lays out the planned rows of the running sequences: those of outputs, then those of
+    /// prompts.
     pub(crate) fn fill(&mut self, running: &[Box<Sequence>]) {
         self.tokens.clear();
         self.positions.clear();
@@ -42,21 +43,20 @@ impl BatchBuffer {
         self.logit_rows.clear();
         self.slots.clear();
         self.prefill_rows = 0;
-        for decoding in [true, false] {
+        for role in [Role::Output, Role::Prompt] {
             for (index, sequence) in running.iter().enumerate() {
-                if sequence.planned > 0 && sequence.is_decoding() == decoding {
-                    self.add(index, sequence);
+                if sequence.planned > 0 && sequence.role(sequence.computed) == role {
+                    self.add(index, sequence, role);
                 }
             }
-            if decoding {
-                self.prefill_rows = self.tokens.len();
-            }
         }
-        self.prefill_rows = self.tokens.len() - self.prefill_rows;
     }
 
-    fn add(&mut self, index: usize, sequence: &Sequence) {
+    fn add(&mut self, index: usize, sequence: &Sequence, role: Role) {
         let positions = sequence.computed..sequence.computed + sequence.planned;
+        if !sequence.is_decoding() {
+            self.prefill_rows += sequence.planned;
+        }
         // They follow the last known token, which has a row of its own then.
         let drafts = sequence.drafting.rows();
         let first_row = self.tokens.len();
@@ -64,20 +64,11 @@ impl BatchBuffer {
 
         let first_page = self.page_table.len() as u32;
         self.page_table.extend_from_slice(&sequence.pages);
-        let pages = first_page..self.page_table.len() as u32;
-        let border = sequence.prompt_len().clamp(positions.start, positions.end);
-        for part in [
-            positions.start..border,
-            border..positions.end + drafts.len(),
-        ] {
-            if !part.is_empty() {
-                self.segments.push(Segment {
-                    rows: row_of(part.start)..row_of(part.end),
-                    pages: pages.clone(),
-                    role: sequence.role(part.start),
-                });
-            }
-        }
+        self.segments.push(Segment {
+            rows: row_of(positions.start)..row_of(positions.end + drafts.len()),
+            pages: first_page..self.page_table.len() as u32,
+            role,
+        });
         self.tokens
             .extend_from_slice(&sequence.tokens()[positions.clone()]);
         self.tokens.extend_from_slice(drafts);

@@ -369,10 +369,11 @@ impl Scheduler {
     }
 }
 
-/// Plans as many known tokens of a sequence as the budget holds. Rows whose logits are wanted
-/// are limited too.
+/// Plans as many known tokens of a sequence, all of its prompt or all of its output, as the
+/// budget holds. Rows whose logits are wanted are limited too.
 fn plan_prefill(sequence: &mut Sequence, budget: &mut Budget) {
-    let mut rows = sequence.pending().min(budget.rows).min(budget.prefill);
+    let rows = sequence.pending_of_a_role();
+    let mut rows = rows.min(budget.rows).min(budget.prefill);
     if sequence.scores_missing() {
         rows = rows.min(budget.logits);
     } else if budget.logits == 0 && sequence.samples_after(rows) {

@@ -197,6 +197,7 @@ impl Backend for FakeBackend {
     fn step(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
         assert!(!batch.tokens.is_empty() && batch.tokens.len() <= self.max_rows);
         assert!(batch.logit_rows.len() <= self.max_logit_rows);
+        assert!(batch.outputs().is_some(), "prompts before outputs");
         assert_eq!(logits.len(), batch.logit_rows.len() * self.spec.vocab);
         assert!(
             !self.probe.lost.load(Ordering::Relaxed),

@@ -40,6 +40,18 @@ pub(super) trait Dot: Lanes {
         part: Part,
         zero: i32,
     ) -> Self;
+    /// `1 + q / 2^BITS` for the quant at bit `at` of each of sixteen words.
+    #[inline(always)]
+    unsafe fn one_and<const BITS: u32>(p: *const u8, at: u32) -> Self {
+        // SAFETY: the caller vouches for sixteen words.
+        let words = unsafe { p.cast::<[u32; STRIP]>().read_unaligned() };
+        let one_and = words.map(|word| {
+            let quant = word >> at & ((1 << BITS) - 1);
+            f32::from_bits(1f32.to_bits() | quant << (23 - BITS))
+        });
+        // SAFETY: sixteen numbers.
+        unsafe { Self::load(one_and.as_ptr()) }
+    }
 }
 
 impl Part {

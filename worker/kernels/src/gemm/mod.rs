@@ -10,6 +10,10 @@
 mod dot;
 mod gated;
 mod kernel;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod panel;
+mod prompt;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
@@ -18,12 +22,13 @@ mod x86;
 use std::ops::Range;
 
 pub use gated::gated;
+pub(crate) use panel::Panel;
 
 use crate::Isa;
 use crate::logits::{BLOCK, tile_maxima};
 use crate::pack::{Format, Layout, STRIP};
 use crate::pool::Scatter;
-use crate::quant::Activations;
+use crate::quant::{Activations, Precision};
 use crate::simd::{Lanes, dispatch};
 use crate::team::Team;
 
@@ -100,6 +105,7 @@ impl<'a> Linear<'a> {
         acts: &Activations,
         rows: Range<usize>,
         out: Outputs,
+        panel: &mut Panel,
     ) {
         let mut first = 0;
         for Placed { layout, offset } in self.parts {
@@ -121,7 +127,7 @@ impl<'a> Linear<'a> {
                     },
                 };
                 // SAFETY: the contract of this function.
-                unsafe { task.run(isa) };
+                unsafe { task.run(isa, panel) };
             }
             first = end;
         }
@@ -236,8 +242,9 @@ fn products(
     };
     let per_block: usize = linear.parts.iter().map(items).sum();
     let out = Scatter::new(out);
+    let items_of_all = per_block * rows.div_ceil(ROW_BLOCK);
     team.pool
-        .phase(per_block * rows.div_ceil(ROW_BLOCK), |item| {
+        .phase_with(&mut team.scratch, items_of_all, |scratch, item| {
             let (block, mut item) = (item / per_block, item % per_block);
             let rows = block * ROW_BLOCK..rows.min((block + 1) * ROW_BLOCK);
             let mut first = 0;
@@ -251,8 +258,11 @@ fn products(
                         stride,
                         write,
                     };
+                    let panel = &mut scratch.panel;
                     // SAFETY: items have disjoint outputs inside `out`, and the shapes fit.
-                    unsafe { linear.columns(isa, columns.clone(), acts, rows.clone(), to) };
+                    unsafe {
+                        linear.columns(isa, columns.clone(), acts, rows.clone(), to, panel);
+                    }
                     then(rows, columns, &out);
                     return;
                 }
@@ -276,9 +286,32 @@ struct Task<'a> {
 impl Task<'_> {
     /// # Safety
     /// As [`Linear::columns`].
-    unsafe fn run(&self, isa: Isa) {
+    unsafe fn run(&self, isa: Isa, panel: &mut Panel) {
         use kernel::{floats, quants};
-        let task = self;
+        let Range { start, end } = self.rows;
+        let border = match self.format().precision() {
+            Precision::Int8 => self.acts.first_pairs().clamp(start, end),
+            _ => end,
+        };
+        if border < end {
+            let skipped = (border - start) * self.out.stride;
+            let task = Task {
+                rows: border..end,
+                strips: self.strips.clone(),
+                out: Outputs {
+                    start: self.out.start.wrapping_add(skipped),
+                    ..self.out
+                },
+                ..*self
+            };
+            // SAFETY: the contract of this function.
+            unsafe { prompt::run(isa, &task, panel) };
+        }
+        let task = &Task {
+            rows: start..border,
+            strips: self.strips.clone(),
+            ..*self
+        };
         match self.format() {
             Format::U4Zero => dispatch!(isa, quants::<_, 4, false, false>(task: &Task<'_>)),
             Format::U4Min => dispatch!(isa, quants::<_, 4, true, false>(task: &Task<'_>)),

@@ -1,3 +1,5 @@
+mod prompt;
+
 use half::f16;
 use proptest::prelude::*;
 
@@ -158,9 +160,15 @@ impl Packed {
 
 /// `x` as the matrices take it.
 fn activations(isa: Isa, x: &[f32], matrices: &[Matrix<'_>]) -> Activations {
+    activations_with(isa, x, matrices, usize::MAX)
+}
+
+/// The same, the rows from `prompts` on being those of prompts.
+fn activations_with(isa: Isa, x: &[f32], matrices: &[Matrix<'_>], prompts: usize) -> Activations {
     let k = matrices[0].0.k();
     let precisions = matrices.iter().map(|m| m.0.format().precision());
-    let mut acts = Activations::new(x.len() / k, k, precisions);
+    let mut acts = Activations::new(x.len() / k, k, precisions).with_prompts();
+    acts.set_prompts(prompts);
     for (row, x) in x.chunks_exact(k).enumerate() {
         acts.write(isa, row, 0, x);
     }
@@ -184,12 +192,17 @@ fn stacked(matrices: &[Matrix<'_>]) -> (Vec<u8>, Vec<Placed>) {
 
 /// The product for every instruction set: one result, bit for bit.
 fn product(matrices: &[Matrix<'_>], x: &[f32], threads: usize) -> Vec<f32> {
+    product_with(matrices, x, threads, usize::MAX)
+}
+
+/// The same, the rows from `prompts` on being those of prompts.
+fn product_with(matrices: &[Matrix<'_>], x: &[f32], threads: usize, prompts: usize) -> Vec<f32> {
     let (data, parts) = stacked(matrices);
     let linear = Linear::new(&data, &parts);
     let rows = x.len() / matrices[0].0.k();
     let mut products = isas().into_iter().map(|isa| {
         let mut team = Team::new(threads, isa, 0, 0).unwrap();
-        let acts = activations(isa, x, matrices);
+        let acts = activations_with(isa, x, matrices, prompts);
         let mut out = vec![f32::NAN; rows * linear.n()];
         multiply(&mut team, linear, &acts, rows, &mut out, Write::Set);
         out

@@ -69,6 +69,24 @@ impl Dot for Avx512 {
             Self(_mm512_cvtepi32_ps(dot))
         }
     }
+
+    #[inline(always)]
+    unsafe fn one_and<const BITS: u32>(p: *const u8, at: u32) -> Self {
+        unsafe {
+            let words = _mm512_loadu_si512(p.cast());
+            let shift = (23 - BITS).wrapping_sub(at) as i32;
+            let moved = if shift >= 0 {
+                _mm512_sllv_epi32(words, _mm512_set1_epi32(shift))
+            } else {
+                _mm512_srlv_epi32(words, _mm512_set1_epi32(-shift))
+            };
+            let mask = _mm512_set1_epi32(((1 << BITS) - 1) << (23 - BITS));
+            let one = _mm512_set1_epi32(1f32.to_bits() as i32);
+            // `moved & mask | one`
+            let bits = _mm512_ternarylogic_epi32::<0xea>(moved, mask, one);
+            Self(_mm512_castsi512_ps(bits))
+        }
+    }
 }
 
 impl Dot for Avx2 {

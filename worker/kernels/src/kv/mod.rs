@@ -118,10 +118,9 @@ impl KvPool {
                         stride: dim,
                         write: Write::Set,
                     };
+                    let (columns, panel) = (head * dim..(head + 1) * dim, &mut scratch.panel);
                     // SAFETY: the shapes fit, and the tile is the item's own.
-                    unsafe {
-                        linear.columns(isa, head * dim..(head + 1) * dim, acts, rows.clone(), out);
-                    }
+                    unsafe { linear.columns(isa, columns, acts, rows.clone(), out, panel) };
                     for (row, values) in rows.zip(tile.chunks_exact_mut(dim)) {
                         each(row, head, values);
                         if head < q {

@@ -1,10 +1,15 @@
-//! Activations: quantised to int8 in blocks of 32 for quantised weights, or f32.
+//! Activations: quantised to int8 in blocks of 32 or rounded to bf16 for quantised weights, or f32.
+//!
+//! Of rows for quantised weights, those of prompts may be kept as bf16: that is some ten times
+//! closer to f32, and what matrix units multiply. Which rows are, the caller says.
 //!
 //! A block with the greatest magnitude `m` has the scale `m / 127` and the values
 //! `round(x * (127 / m))`, ties to even, in [-127, 127]. A block below [`TINY`] is zero; a
 //! block with an infinity or a NaN has a NaN scale, so that the fault stays visible in its
 //! own row and in no other.
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -12,6 +17,7 @@ mod x86;
 use std::cell::UnsafeCell;
 
 use crate::isa::Isa;
+use crate::simd::{LANES, Lanes, dispatch};
 
 /// Values in a block.
 pub const BLOCK: usize = 32;
@@ -64,6 +70,14 @@ pub enum Precision {
     F32,
 }
 
+/// A block of a row as pairs of brain floats: a line of a cache, a row of a matrix unit's tile.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(64))]
+pub(crate) struct PairBlock(pub(crate) [u32; BLOCK / 2]);
+
+/// Rows whose blocks of pairs lie together: a tile of a matrix unit.
+pub(crate) const PAIR_GROUP: usize = 16;
+
 /// Rows of `k` activations in the forms in which products read them, allocated once and
 /// written again in every step.
 ///
@@ -73,6 +87,9 @@ pub enum Precision {
 pub struct Activations {
     int8: Option<Box<[UnsafeCell<QuantBlock>]>>,
     f32: Option<Box<[UnsafeCell<f32>]>>,
+    pairs: Option<Box<[UnsafeCell<PairBlock>]>>,
+    /// The first row of a prompt.
+    prompts: usize,
     rows: usize,
     k: usize,
 }
@@ -87,13 +104,12 @@ impl Activations {
     /// # Panics
     /// If one is int8 and `k` no multiple of [`BLOCK`].
     pub fn new(rows: usize, k: usize, precisions: impl IntoIterator<Item = Precision>) -> Self {
-        fn zeros<T: Default>(len: usize) -> Box<[UnsafeCell<T>]> {
-            (0..len).map(|_| UnsafeCell::default()).collect()
-        }
         let padded = rows.next_multiple_of(GROUP);
         let mut all = Self {
             int8: None,
             f32: None,
+            pairs: None,
+            prompts: rows,
             rows,
             k,
         };
@@ -108,6 +124,28 @@ impl Activations {
             }
         }
         all
+    }
+
+    /// The same, with room for rows of prompts as bf16 if it has room for int8.
+    pub fn with_prompts(mut self) -> Self {
+        if self.int8.is_some() {
+            let groups = self.rows.div_ceil(PAIR_GROUP);
+            self.pairs = Some(zeros(groups * PAIR_GROUP * (self.k / BLOCK)));
+        }
+        self
+    }
+
+    /// Says that the rows from `first` on are those of prompts. What rows held is void.
+    pub fn set_prompts(&mut self, first: usize) {
+        self.prompts = first.min(self.rows);
+    }
+
+    /// The first row that is kept as bf16 in place of int8.
+    pub(crate) fn first_pairs(&self) -> usize {
+        match self.pairs {
+            Some(_) => self.prompts,
+            None => self.rows,
+        }
     }
 
     /// The most rows it holds.
@@ -131,8 +169,8 @@ impl Activations {
     /// Writes `x` into the columns of `row` from `first` on.
     ///
     /// # Panics
-    /// If `x` does not fit, if the machine lacks `isa`, or if they are kept as int8 and `first`
-    /// or the length of `x` is no multiple of [`BLOCK`].
+    /// If `x` does not fit, if the machine lacks `isa`, or if they are kept as int8 or bf16 and
+    /// `first` or the length of `x` is no multiple of [`BLOCK`].
     pub fn write(&mut self, isa: Isa, row: usize, first: usize, x: &[f32]) {
         // SAFETY: `&mut self` excludes every other thread.
         unsafe { self.write_shared(isa, row, first, x) }
@@ -163,6 +201,12 @@ impl Activations {
         if x.is_empty() {
             return;
         }
+        if row >= self.first_pairs() {
+            let out = self.pairs(row, first / BLOCK);
+            // SAFETY: the blocks are of the row, as checked above, and the caller excludes races.
+            dispatch!(isa, write_pairs::<_>(x: &[[f32; BLOCK]], out: *mut PairBlock));
+            return;
+        }
         let at = self.index(row, first / BLOCK, self.k / BLOCK);
         let out = UnsafeCell::raw_get(blocks[at..].as_ptr());
         match isa.checked() {
@@ -173,6 +217,9 @@ impl Activations {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { x86::blocks_avx2(x, out) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            Isa::Neon => unsafe { neon::blocks(x, out) },
             _ => {
                 for (i, x) in x.iter().enumerate() {
                     // SAFETY: as above.
@@ -207,9 +254,45 @@ impl Activations {
         }
     }
 
+    /// The place of a block of pairs of a prompt's row. The next block of the row is
+    /// [`PAIR_GROUP`] further, the same block of the next row of the group 1 further; groups
+    /// begin with the first row of a prompt.
+    ///
+    /// # Panics
+    /// If it is outside, or they are not kept as bf16.
+    #[inline]
+    pub(crate) fn pairs(&self, row: usize, block: usize) -> *mut PairBlock {
+        let (row, blocks) = (row - self.prompts, self.k / BLOCK);
+        let at = (row / PAIR_GROUP * blocks + block) * PAIR_GROUP + row % PAIR_GROUP;
+        match &self.pairs {
+            Some(pairs) => UnsafeCell::raw_get(pairs[at..].as_ptr()),
+            None => panic!("the activations are not kept as bf16"),
+        }
+    }
+
     #[inline]
     fn index(&self, row: usize, column: usize, columns: usize) -> usize {
         (row / GROUP * columns + column) * GROUP + row % GROUP
+    }
+}
+
+fn zeros<T: Default>(len: usize) -> Box<[UnsafeCell<T>]> {
+    (0..len).map(|_| UnsafeCell::default()).collect()
+}
+
+/// Writes the blocks of a row, `PAIR_GROUP` apart.
+///
+/// # Safety
+/// See [`Lanes`]; the blocks are the caller's own.
+#[inline(always)]
+unsafe fn write_pairs<L: Lanes>(x: &[[f32; BLOCK]], out: *mut PairBlock) {
+    for (i, x) in x.iter().enumerate() {
+        // SAFETY: the contract of this function.
+        unsafe {
+            let out = out.add(i * PAIR_GROUP).cast::<u16>();
+            L::load(x.as_ptr()).store_bf16(out);
+            L::load(x.as_ptr().add(LANES)).store_bf16(out.add(LANES));
+        }
     }
 }
 
