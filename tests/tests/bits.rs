@@ -19,6 +19,11 @@ fn nothing_changes_a_bit_of_prompts_in_bf16() {
 }
 
 #[test]
+fn nothing_changes_a_bit_of_prompts_in_tiles() {
+    nothing_changes_a_bit(PromptPrecision::Bf16Tiles);
+}
+
+#[test]
 fn nothing_changes_a_bit_of_prompts_in_int8() {
     nothing_changes_a_bit(PromptPrecision::Int8);
 }

@@ -73,12 +73,12 @@ pub(crate) fn isa_name(isa: Isa) -> &'static str {
     }
 }
 
-/// How prompts are computed, by its name: `int8` or `bf16`.
+/// How prompts are computed, by its name: `int8`, `bf16` or `bf16-tiles`.
 ///
 /// # Errors
 /// When the name is another.
 pub fn parse_prompts(name: &str) -> Result<PromptPrecision, ConfigError> {
-    [PromptPrecision::Int8, PromptPrecision::Bf16]
+    PromptPrecision::ALL
         .into_iter()
         .find(|prompts| prompts.name() == name)
         .ok_or_else(|| ConfigError::Prompts { given: name.into() })
@@ -248,7 +248,7 @@ pub enum ConfigError {
         given: String,
     },
     /// Not a way to compute prompts.
-    #[error("prompts are computed in int8 or bf16, not {given:?}")]
+    #[error("prompts are computed in int8, bf16 or bf16-tiles, not {given:?}")]
     Prompts {
         /// What was given.
         given: String,

@@ -47,9 +47,14 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_ISA", value_name = "ISA")]
     pub(crate) isa: Option<String>,
 
-    /// Activations of prompts on the cpu backend: int8 as those of answers, or bf16, ten times
-    /// closer to float32 [default: bf16 where the instruction set multiplies it]
-    #[arg(long, env = "SHOAL_WORKER_PROMPT_PRECISION", value_name = "int8|bf16")]
+    /// Activations of prompts on the cpu backend: int8 as those of answers, or ten times closer to
+    /// float32 bf16, or bf16-tiles, the same in the order of AMX
+    /// [default: what the machine multiplies, the last first]
+    #[arg(
+        long,
+        env = "SHOAL_WORKER_PROMPT_PRECISION",
+        value_name = "int8|bf16|bf16-tiles"
+    )]
     pub(crate) prompt_precision: Option<String>,
 
     /// Processes that share the model on this machine, each with a part of it [default: 1]

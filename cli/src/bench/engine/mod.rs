@@ -36,8 +36,9 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "ISA", value_parser = parse_isa)]
     isa: Option<Isa>,
 
-    /// Activations of prompts: int8 or bf16 [default: bf16 where the instruction set multiplies it]
-    #[arg(long, value_name = "int8|bf16", value_parser = parse_prompts)]
+    /// Activations of prompts: int8, bf16 or bf16-tiles [default: what the machine multiplies, the
+    /// last first]
+    #[arg(long, value_name = "int8|bf16|bf16-tiles", value_parser = parse_prompts)]
     prompt_precision: Option<PromptPrecision>,
 
     /// Only the cases whose name contains this

@@ -21,7 +21,7 @@ use shoal_kernels::Isa;
 use shoal_kernels::attention::MAX_QUERIES;
 use shoal_kernels::kv::{HEAD_MULTIPLE, Heads, KvPool, Plan, Run};
 use shoal_kernels::logits;
-use shoal_kernels::quant::{Activations, BLOCK};
+use shoal_kernels::quant::{Activations, BLOCK, SumOrder};
 use shoal_kernels::team::Team;
 
 use crate::backend::{Backend, BackendError, Batch, NumericsId, Segment};
@@ -40,25 +40,33 @@ const NUMERICS_VERSION: u32 = 3;
 pub enum PromptPrecision {
     /// As those of an output: the fastest on machines without products of bf16.
     Int8,
-    /// bf16, ten times closer to f32.
+    /// bf16, ten times closer to f32, summed in the order of AVX-512 BF16.
     Bf16,
+    /// bf16, summed in the order of AMX.
+    Bf16Tiles,
 }
 
 impl PromptPrecision {
     /// What suits machines with `isa`.
     pub fn best(isa: Isa) -> Self {
-        if isa.multiplies_bf16() {
+        if isa == Isa::detect() && shoal_kernels::amx::available() {
+            Self::Bf16Tiles
+        } else if isa.multiplies_bf16() {
             Self::Bf16
         } else {
             Self::Int8
         }
     }
 
-    /// Its name: `int8` or `bf16`.
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::Int8, Self::Bf16, Self::Bf16Tiles];
+
+    /// Its name: `int8`, `bf16` or `bf16-tiles`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Int8 => "int8",
             Self::Bf16 => "bf16",
+            Self::Bf16Tiles => "bf16-tiles",
         }
     }
 }
@@ -197,7 +205,8 @@ impl CpuBackend {
             let inputs = Activations::new(rows, width, consumers.flat_map(Linear::precisions));
             match options.prompts {
                 PromptPrecision::Int8 => inputs,
-                PromptPrecision::Bf16 => inputs.with_prompts(),
+                PromptPrecision::Bf16 => inputs.with_prompts(SumOrder::Pairs),
+                PromptPrecision::Bf16Tiles => inputs.with_prompts(SumOrder::Tiles),
             }
         };
         let scratch = Scratch {

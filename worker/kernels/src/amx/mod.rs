@@ -20,12 +20,6 @@
 //! rows, and of a group blocks of 32 columns, `[16 rows][16 pairs]`. A panel is the weights of a
 //! strip of 16 outputs, in blocks `[16 pairs][16 outputs]`. Each block is one tile of 1 KiB.
 
-// Elsewhere only tests sum in this order, until products for prompts do.
-#![cfg_attr(
-    not(all(target_arch = "x86_64", target_os = "linux")),
-    allow(dead_code)
-)]
-
 mod order;
 mod state;
 #[cfg(test)]
@@ -33,8 +27,10 @@ mod tests;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod unit;
 
+pub(crate) use order::multiply as in_software;
 pub use state::{Lack, available, state};
 
+use crate::Isa;
 use crate::gemm::{Outputs, Write};
 use crate::simd::{LANES, Lanes};
 
@@ -73,6 +69,25 @@ impl Product<'_> {
             && self.blocks > 0
             && self.rows > 0
     }
+}
+
+/// A product in tile order: by the unit where `isa` is the best of a machine that has it, else
+/// in software.
+///
+/// # Safety
+/// The pointers are valid for what [`Product`] says of them, and no other thread writes what is
+/// read or touches what is written.
+///
+/// # Panics
+/// When the machine lacks `isa`.
+pub(crate) unsafe fn multiply(isa: Isa, product: &Product<'_>) {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    if isa == Isa::detect() && available() {
+        // SAFETY: the contract of this function.
+        return unsafe { unit::multiply(product) };
+    }
+    // SAFETY: as above.
+    unsafe { order::multiply(isa, product) }
 }
 
 /// Writes `count` sums of a row.
