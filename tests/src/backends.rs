@@ -11,6 +11,7 @@ use shoal_engine::cpu::{CpuBackend, CpuOptions, ShardPlan};
 use shoal_engine::spec::ModelSpec;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
+use shoal_kernels::kv::KvType;
 
 use crate::model::demo_model;
 
@@ -57,15 +58,32 @@ pub fn cpu(gguf: &Gguf) -> CpuBackend {
 /// # Panics
 /// If the model does not load.
 pub fn cpu_as(gguf: &Gguf, isa: Isa, threads: usize) -> CpuBackend {
-    let spec = ModelSpec::from_gguf(gguf).expect("the model is supported");
-    CpuBackend::load(gguf, spec, options(isa, threads)).expect("the model loads")
+    cpu_with(gguf, options(isa, threads))
 }
 
-/// The options of the backends here.
+/// The engine's own backend, with keys and values in int8.
+///
+/// # Panics
+/// If the model does not load.
+pub fn cpu_int8(gguf: &Gguf, isa: Isa, threads: usize) -> CpuBackend {
+    let options = CpuOptions {
+        kv: KvType::Int8,
+        ..options(isa, threads)
+    };
+    cpu_with(gguf, options)
+}
+
+fn cpu_with(gguf: &Gguf, options: CpuOptions) -> CpuBackend {
+    let spec = ModelSpec::from_gguf(gguf).expect("the model is supported");
+    CpuBackend::load(gguf, spec, options).expect("the model loads")
+}
+
+/// The options of the backends here: keys and values in bf16.
 pub fn options(isa: Isa, threads: usize) -> CpuOptions {
     CpuOptions {
         isa,
         threads,
+        kv: KvType::Bf16,
         pages: PAGES,
         max_rows: ROWS,
         max_logit_rows: ROWS,

@@ -26,7 +26,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use config::{BackendKind, ConfigError, GroupConfig, WorkerConfig, parse_isa};
+pub use config::{BackendKind, ConfigError, GroupConfig, WorkerConfig, parse_isa, parse_kv_type};
 pub use error::WorkerError;
 pub use group::{GroupError, RankCommand, Watch, run_rank};
 pub use load::{LoadError, Loaded};

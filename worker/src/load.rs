@@ -13,7 +13,7 @@ use shoal_kernels::Isa;
 use shoal_proto::worker::TokenizerBundle;
 use shoal_text::{TextError, bundle_from_gguf};
 
-use crate::config::{BackendKind, ConfigError, WorkerConfig, isa_name, parse_isa};
+use crate::config::{BackendKind, ConfigError, WorkerConfig, isa_name, parse_isa, parse_kv_type};
 use crate::group::{GroupBackend, GroupError, Part, Watch};
 use crate::memory;
 
@@ -45,9 +45,9 @@ pub enum LoadError {
     /// Its ranks did not come together.
     #[error(transparent)]
     Group(#[from] GroupError),
-    /// Rank 0 named an instruction set of another version.
+    /// Rank 0 named a setting of another version.
     #[error(transparent)]
-    Isa(#[from] ConfigError),
+    Setting(#[from] ConfigError),
     /// The backend refused it.
     #[error(transparent)]
     Backend(#[from] BackendError),
@@ -93,6 +93,7 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
             let options = CpuOptions {
                 isa: config.isa.unwrap_or_else(Isa::detect),
                 threads: config.rank_threads(),
+                kv: config.kv_type,
                 pages,
                 max_rows,
                 max_logit_rows,
@@ -107,6 +108,7 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
                 context: spec.context,
                 isa: isa_name(config.isa.unwrap_or_else(Isa::detect)).to_owned(),
                 threads: config.rank_threads(),
+                kv: config.kv_type.name().to_owned(),
                 pages,
                 max_rows,
                 max_logit_rows,
@@ -157,6 +159,7 @@ pub(crate) fn rank_of(gguf: &Gguf, spec: ModelSpec, part: &Part) -> Result<CpuBa
     let options = CpuOptions {
         isa: parse_isa(&part.isa)?,
         threads: part.threads,
+        kv: parse_kv_type(&part.kv)?,
         pages: part.pages,
         max_rows: part.max_rows,
         max_logit_rows: part.max_logit_rows,
@@ -177,7 +180,7 @@ fn pages(
     weights: u64,
     available: Option<u64>,
 ) -> Result<u32, LoadError> {
-    let page = CpuBackend::page_bytes(spec) as u64;
+    let page = CpuBackend::page_bytes(spec, config.kv_type) as u64;
     let context = spec.context.div_ceil(PAGE_TOKENS) as u64 * page;
     let available = available.unwrap_or(u64::MAX);
     let kv = config

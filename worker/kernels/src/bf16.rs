@@ -5,7 +5,7 @@
 //! flushes subnormals, as AVX-512 BF16 does, gives the same bits as one that does not.
 
 use crate::Isa;
-use crate::simd::{Lanes, dispatch};
+use crate::simd::{LANES, Lanes, dispatch};
 
 /// The least magnitude that is kept: 2⁻⁵⁵.
 const LEAST: u32 = (127 - 55) << 23;
@@ -55,6 +55,8 @@ pub(crate) trait Pairs<L: Lanes> {
     type Words: Copy;
     /// Sixteen words.
     unsafe fn load(p: *const u32) -> Self::Words;
+    /// Sixteen pairs of int8, which brain floats hold exactly: the lows, then the highs.
+    unsafe fn widen(p: *const i8) -> Self::Words;
     /// `sum + high(words) * high(by) + low(words) * low(by)`, rounded after each addition.
     unsafe fn dot(sum: L, words: Self::Words, by: u32) -> L;
 }
@@ -70,6 +72,11 @@ impl<L: Lanes> Pairs<L> for Fused {
     unsafe fn load(p: *const u32) -> Self::Words {
         // SAFETY: the caller's contract.
         unsafe { L::bf16_pairs(p) }
+    }
+    #[inline(always)]
+    unsafe fn widen(p: *const i8) -> Self::Words {
+        // SAFETY: the caller's contract.
+        unsafe { (L::load_i8(p), L::load_i8(p.add(LANES))) }
     }
     #[inline(always)]
     unsafe fn dot(sum: L, (low, high): Self::Words, by: u32) -> L {
@@ -91,7 +98,7 @@ mod native {
     use std::arch::x86_64::*;
 
     use super::{Native, Pairs};
-    use crate::simd::Avx512;
+    use crate::simd::{Avx512, LANES, Lanes};
 
     // SAFETY of every block below: the caller runs with AVX-512 BF16, and its pointers are valid.
     impl Pairs<Avx512> for Native {
@@ -100,6 +107,15 @@ mod native {
         #[inline(always)]
         unsafe fn load(p: *const u32) -> __m512i {
             unsafe { _mm512_loadu_si512(p.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn widen(p: *const i8) -> __m512i {
+            unsafe {
+                let (low, high) = (Avx512::load_i8(p), Avx512::load_i8(p.add(LANES)));
+                let [low, high] = [low, high].map(|x| _mm512_castps_si512(x.0));
+                // The lower halves of such floats are zeros.
+                _mm512_or_si512(high, _mm512_srli_epi32::<16>(low))
+            }
         }
         #[inline(always)]
         unsafe fn dot(sum: Avx512, words: __m512i, by: u32) -> Avx512 {
@@ -143,7 +159,6 @@ pub(crate) use dispatch_pairs;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::LANES;
     use crate::testing::{isas, random};
 
     #[test]

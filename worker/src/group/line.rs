@@ -35,6 +35,8 @@ pub(crate) struct Part {
     /// An instruction set by its name.
     pub(crate) isa: String,
     pub(crate) threads: usize,
+    /// What keys and values are kept as, by its name.
+    pub(crate) kv: String,
     pub(crate) pages: u32,
     pub(crate) max_rows: usize,
     pub(crate) max_logit_rows: usize,

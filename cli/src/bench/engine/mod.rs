@@ -13,7 +13,8 @@ use shoal_engine::backend::BackendError;
 use shoal_engine::spec::SpecError;
 use shoal_gguf::GgufError;
 use shoal_kernels::Isa;
-use shoal_worker::parse_isa;
+use shoal_kernels::kv::KvType;
+use shoal_worker::{parse_isa, parse_kv_type};
 
 use crate::config::StoreSettings;
 use crate::store::ModelSource;
@@ -34,6 +35,10 @@ pub(crate) struct EngineArgs {
     /// Instruction set: scalar, avx2, avx512 or avx512bf16 [default: the machine's best]
     #[arg(long, value_name = "ISA", value_parser = parse_isa)]
     isa: Option<Isa>,
+
+    /// What keys and values are kept as: bf16 or int8
+    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = parse_kv_type)]
+    kv_type: KvType,
 
     /// Only the cases whose name contains this
     #[arg(long, value_name = "TEXT", default_value = "")]
