@@ -49,7 +49,7 @@ impl QuantBlock {
     /// What a greatest magnitude, as bits, makes of a block: its scale and its reciprocal.
     /// A reciprocal of 0 says that the values are all 0.
     #[inline(always)]
-    fn scales(magnitude: u32) -> (f32, f32) {
+    pub(crate) fn scales(magnitude: u32) -> (f32, f32) {
         let m = f32::from_bits(magnitude);
         if (TINY..f32::INFINITY).contains(&m) {
             (m / 127.0, 127.0 / m)
