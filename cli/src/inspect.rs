@@ -67,7 +67,7 @@ struct Tokenizer {
 #[derive(Debug, Serialize)]
 struct Memory {
     weights_bytes: u64,
-    /// Keys and values of one token in all layers.
+    /// Keys and values of one token in all layers, in bf16.
     kv_bytes_per_token: Option<u64>,
     /// The same for a sequence as long as the model takes.
     kv_bytes_per_context: Option<u64>,
@@ -274,8 +274,16 @@ impl fmt::Display for Inspection {
             .map_or("-".to_owned(), line);
         row(f, "chat template", template)?;
         row(f, "weights", bytes(Some(self.memory.weights_bytes)))?;
-        row(f, "KV per token", bytes(self.memory.kv_bytes_per_token))?;
-        row(f, "KV per context", bytes(self.memory.kv_bytes_per_context))?;
+        let in_bf16 = |value: Option<u64>| match value {
+            Some(_) => format!("{} in bf16", bytes(value)),
+            None => bytes(None),
+        };
+        row(f, "KV per token", in_bf16(self.memory.kv_bytes_per_token))?;
+        row(
+            f,
+            "KV per context",
+            in_bf16(self.memory.kv_bytes_per_context),
+        )?;
         writeln!(
             f,
             "\n{:<8}{:>8}{:>16}{:>14}",

@@ -11,6 +11,7 @@ use shoal_engine::cpu::{CpuBackend, CpuOptions, PromptPrecision, ShardPlan};
 use shoal_engine::spec::ModelSpec;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
+use shoal_kernels::kv::KvType;
 
 use crate::model::demo_model;
 
@@ -60,6 +61,18 @@ pub fn cpu_as(gguf: &Gguf, isa: Isa, threads: usize) -> CpuBackend {
     cpu_with(gguf, options(isa, threads))
 }
 
+/// The engine's own backend, with keys and values in int8.
+///
+/// # Panics
+/// If the model does not load.
+pub fn cpu_int8(gguf: &Gguf, isa: Isa, threads: usize) -> CpuBackend {
+    let options = CpuOptions {
+        kv: KvType::Int8,
+        ..options(isa, threads)
+    };
+    cpu_with(gguf, options)
+}
+
 /// The engine's own backend.
 ///
 /// # Panics
@@ -69,12 +82,13 @@ pub fn cpu_with(gguf: &Gguf, options: CpuOptions) -> CpuBackend {
     CpuBackend::load(gguf, spec, options).expect("the model loads")
 }
 
-/// The options of the backends here: prompts in bf16 on every machine.
+/// The options of the backends here: prompts, keys and values in bf16 on every machine.
 pub fn options(isa: Isa, threads: usize) -> CpuOptions {
     CpuOptions {
         isa,
         prompts: PromptPrecision::Bf16,
         threads,
+        kv: KvType::Bf16,
         pages: PAGES,
         max_rows: ROWS,
         max_logit_rows: ROWS,

@@ -1,25 +1,31 @@
-//! The CPU backend against the oracle, on a text.
+//! The CPU backend against the oracle, and its int8 keys and values against its bf16 ones, on a
+//! text.
 
-use shoal_core::Role;
+use shoal_core::{Role, TokenId};
 use shoal_engine::candle::CandleWeights;
+use shoal_gguf::Gguf;
+use shoal_kernels::Isa;
 use shoal_tests::accuracy::{Bounds, Comparison};
-use shoal_tests::backends::{candle, cpu, demo_gguf};
+use shoal_tests::backends::{candle, cpu, cpu_int8, demo_gguf};
 use shoal_tests::model::data;
 use shoal_text::{EncodeOptions, Tokenizer, bundle_from_gguf};
 
 /// Tokens of the text that are compared, as one context.
 const TOKENS: usize = 2048;
 
-#[test]
-fn cpu_stays_near_float32() {
-    let gguf = demo_gguf();
-    let tokenizer = Tokenizer::new(&bundle_from_gguf(&gguf).unwrap()).unwrap();
+fn text(gguf: &Gguf) -> Vec<TokenId> {
+    let tokenizer = Tokenizer::new(&bundle_from_gguf(gguf).unwrap()).unwrap();
     let mut tokens = tokenizer
         .encode(&data("perplexity.txt"), EncodeOptions::default())
         .unwrap();
     assert!(tokens.len() >= TOKENS, "{} tokens", tokens.len());
     tokens.truncate(TOKENS);
+    tokens
+}
 
+#[test]
+fn cpu_stays_near_float32() {
+    let gguf = demo_gguf();
     let mut oracle = candle(&gguf, CandleWeights::F32);
     // What a prompt is computed with, and an output.
     let prompts = Bounds {
@@ -33,8 +39,21 @@ fn cpu_stays_near_float32() {
         perplexity: 0.01,
     };
     for (role, bounds) in [(Role::Prompt, prompts), (Role::Output, outputs)] {
-        let comparison = Comparison::run(&mut oracle, &mut cpu(&gguf), &tokens, role).unwrap();
+        let comparison = Comparison::run(&mut oracle, &mut cpu(&gguf), &text(&gguf), role).unwrap();
         println!("{role:?}");
         comparison.assert_within(&bounds);
     }
+}
+
+#[test]
+fn int8_keys_and_values_stay_near_bf16() {
+    let gguf = demo_gguf();
+    let mut bf16 = cpu(&gguf);
+    let mut int8 = cpu_int8(&gguf, Isa::detect(), 2);
+    let comparison = Comparison::run(&mut bf16, &mut int8, &text(&gguf), Role::Prompt).unwrap();
+    comparison.assert_within(&Bounds {
+        mean_kl: 0.002,
+        top1: 0.97,
+        perplexity: 0.01,
+    });
 }

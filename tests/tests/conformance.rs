@@ -9,7 +9,8 @@ use shoal_engine::spec::ModelSpec;
 use shoal_gguf::testmodel::{Family, RopeScaling, TestModel};
 use shoal_gguf::{GgmlType, Gguf};
 use shoal_kernels::Isa;
-use shoal_tests::backends::{candle, cpu_as};
+use shoal_kernels::kv::KvType;
+use shoal_tests::backends::{candle, cpu_as, cpu_int8};
 use shoal_tests::conformance::{relative_error, scenario};
 use shoal_tests::naive::Naive;
 
@@ -19,7 +20,8 @@ const FAMILIES: [Family; 3] = [Family::Llama, Family::Qwen2, Family::Qwen3];
 const FLOAT: f64 = 2e-5;
 /// Queries, keys, values and the weights of attention in bf16, with 8 bits of precision.
 const BF16_ATTENTION: f64 = 7e-3;
-/// Activations in blocks of 32 with one scale and 8 bits: half a percent for each product.
+/// Activations in blocks of 32, or keys and values of a head, with one scale and 8 bits: half a
+/// percent for each product.
 const INT8: f64 = 2.5e-2;
 /// The same of candle's kernels, which round more.
 const CANDLE_INT8: f64 = 4e-2;
@@ -58,6 +60,12 @@ fn check(model: &TestModel) {
     let best = near(&mut cpu_as(&gguf, Isa::detect(), 2), bound);
     let plain = near(&mut cpu_as(&gguf, Isa::Scalar, 1), bound);
     assert!(best == plain, "instruction sets differ: {name}");
+    let best = near(&mut cpu_int8(&gguf, Isa::detect(), 2), INT8);
+    let plain = near(&mut cpu_int8(&gguf, Isa::Scalar, 1), INT8);
+    assert!(
+        best == plain,
+        "instruction sets differ with int8 KV: {name}"
+    );
 }
 
 #[test]
@@ -237,6 +245,7 @@ fn load(model: &TestModel) -> Result<CpuBackend, BackendError> {
         isa: Isa::detect(),
         prompts: PromptPrecision::Bf16,
         threads: 1,
+        kv: KvType::Bf16,
         pages: 1,
         max_rows: 1,
         max_logit_rows: 1,

@@ -17,6 +17,7 @@ use shoal_engine::request::{
 };
 use shoal_engine::spec::ModelSpec;
 use shoal_kernels::Isa;
+use shoal_kernels::kv::KvType;
 use shoal_tests::backends::{CpuGroup, demo_gguf};
 use shoal_tests::model::data;
 use shoal_text::{EncodeOptions, Tokenizer, bundle_from_gguf};
@@ -31,6 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// What differs between runs.
 struct Setup {
     ranks: usize,
+    kv: KvType,
     pages: u32,
     step_rows: usize,
     prefill_chunk: usize,
@@ -41,6 +43,7 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             ranks: 1,
+            kv: KvType::Bf16,
             pages: 256,
             step_rows: 256,
             prefill_chunk: 256,
@@ -90,6 +93,7 @@ impl StepSink for Sink {
 
 struct Running {
     ranks: usize,
+    kv: KvType,
     engine: EngineHandle,
     told: Receiver<Told>,
     answers: HashMap<u64, Answer>,
@@ -104,6 +108,7 @@ impl Running {
             isa: Isa::detect(),
             prompts: PromptPrecision::Bf16,
             threads: 2 / setup.ranks,
+            kv: setup.kv,
             pages: setup.pages,
             max_rows: 256,
             max_logit_rows: 64,
@@ -127,6 +132,7 @@ impl Running {
         let engine = Engine::start(backend, config, Box::new(Sink(sender)));
         Self {
             ranks: setup.ranks,
+            kv: setup.kv,
             engine: engine.expect("the engine starts"),
             told,
             answers: HashMap::new(),
@@ -182,7 +188,7 @@ impl Running {
 
     #[track_caller]
     fn assert_as_alone(&self, id: u64) {
-        let (got, expected) = (&self.answers[&id], &alone(self.ranks)[id as usize]);
+        let (got, expected) = (&self.answers[&id], &alone(self.ranks, self.kv)[id as usize]);
         assert_eq!(got.tokens, expected.tokens, "request {id}");
         assert_eq!(got.logprobs, expected.logprobs, "request {id}");
         let finish = |answer: &Answer| answer.end.map(|(finish, _)| finish);
@@ -275,11 +281,12 @@ fn requests() -> impl Iterator<Item = Request> {
 }
 
 /// Every request alone, in one chunk, with nothing cached, on one rank or two.
-fn alone(ranks: usize) -> &'static [Answer] {
-    static ALONE: [OnceLock<Vec<Answer>>; 2] = [const { OnceLock::new() }; 2];
-    ALONE[ranks - 1].get_or_init(|| {
+fn alone(ranks: usize, kv: KvType) -> &'static [Answer] {
+    static ALONE: [[OnceLock<Vec<Answer>>; 2]; 2] = [const { [const { OnceLock::new() }; 2] }; 2];
+    ALONE[kv as usize][ranks - 1].get_or_init(|| {
         let mut running = Running::start(&Setup {
             ranks,
+            kv,
             ..Setup::default()
         });
         requests().for_each(|request| running.all([request]));
@@ -348,7 +355,7 @@ fn after_losing_its_pages() {
 fn resumed_elsewhere() {
     let mut running = Running::start(&Setup::default());
     for id in 0..10 {
-        let whole = &alone(1)[id as usize];
+        let whole = &alone(1, KvType::Bf16)[id as usize];
         for done in [0, 1, 5, whole.tokens.len() - 1, whole.tokens.len()] {
             let mut rest = request(id);
             rest.resume = whole.tokens[..done].to_vec();
@@ -381,27 +388,42 @@ fn beside_prompts_that_arrive_late() {
     assert!(first_late < last_early);
 }
 
-/// The same of a tensor-parallel group: in a batch and other chunks, after prefix hits, and
-/// after losing pages. Its tokens may differ from those of one rank.
-#[test]
-fn on_two_ranks() {
-    let two = || Setup {
-        ranks: 2,
-        ..Setup::default()
-    };
+/// In a batch and other chunks, after prefix hits, and after losing pages.
+fn with(setup: impl Fn() -> Setup) {
     let mut running = Running::start(&Setup {
         prefix_cache: true,
         prefill_chunk: 33,
-        ..two()
+        ..setup()
     });
     for _ in 0..2 {
         running.all(requests());
         (0..REQUESTS as u64).for_each(|id| running.assert_as_alone(id));
     }
     assert!(running.answers[&31].usage().cached_tokens >= 64);
-    let mut running = Running::start(&Setup { pages: 7, ..two() });
+    let mut running = Running::start(&Setup {
+        pages: 7,
+        ..setup()
+    });
     running.all((0..10).map(request));
     (0..10).for_each(|id| running.assert_as_alone(id));
     let preemptions = running.answers.values().map(|a| a.usage().preemptions);
     assert!(preemptions.sum::<u32>() > 0);
+}
+
+/// The tokens of a tensor-parallel group may differ from those of one rank.
+#[test]
+fn on_two_ranks() {
+    with(|| Setup {
+        ranks: 2,
+        ..Setup::default()
+    });
+}
+
+/// The tokens may differ from those of bf16.
+#[test]
+fn with_keys_and_values_in_int8() {
+    with(|| Setup {
+        kv: KvType::Int8,
+        ..Setup::default()
+    });
 }

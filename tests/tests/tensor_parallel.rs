@@ -9,7 +9,7 @@ use shoal_gguf::testmodel::{Family, TestModel};
 use shoal_gguf::{GgmlType, Gguf};
 use shoal_kernels::Isa;
 use shoal_tests::accuracy::{Bounds, Comparison, log_softmax, top2};
-use shoal_tests::backends::{CpuGroup, candle, cpu, cpu_as, demo_gguf, options};
+use shoal_tests::backends::{CpuGroup, candle, cpu, cpu_as, cpu_int8, demo_gguf, options};
 use shoal_tests::conformance::{relative_error, scenario};
 use shoal_tests::drive::{Sequence, append};
 use shoal_tests::model::data;
@@ -130,11 +130,13 @@ fn small_models_of_every_type_agree_with_one_process() {
 }
 
 #[test]
-fn ids_tell_splits_apart() {
+fn ids_tell_splits_and_types_of_keys_apart() {
     let model = TestModel::tiny(Family::Llama, GgmlType::Q4_1);
     let gguf = Gguf::parse(model.build().unwrap().to_bytes()).unwrap();
     let alone = cpu_as(&gguf, Isa::detect(), 1).numerics_id();
     let [two, again, four] = [2, 2, 4].map(|world| group(&gguf, world, 1).numerics_id());
     assert_eq!(two, again);
     assert!(alone != two && alone != four && two != four);
+    let int8 = cpu_int8(&gguf, Isa::detect(), 1).numerics_id();
+    assert!(int8 != alone && int8 != two);
 }

@@ -11,7 +11,7 @@ use shoal_fabric::{
     membership::{Endpoint, Member, Membership, Static},
     net::ListenConfig,
 };
-use shoal_kernels::isa::Isa;
+use shoal_kernels::{isa::Isa, kv::KvType};
 
 use crate::group::RankCommand;
 
@@ -73,15 +73,24 @@ pub(crate) fn isa_name(isa: Isa) -> &'static str {
     }
 }
 
-/// How prompts are computed, by its name: `int8` or `bf16`.
+/// How prompts are computed, by its name: `int8`, `bf16` or `bf16-tiles`.
 ///
 /// # Errors
 /// When the name is another.
 pub fn parse_prompts(name: &str) -> Result<PromptPrecision, ConfigError> {
-    [PromptPrecision::Int8, PromptPrecision::Bf16]
+    PromptPrecision::ALL
         .into_iter()
         .find(|prompts| prompts.name() == name)
         .ok_or_else(|| ConfigError::Prompts { given: name.into() })
+}
+
+/// What keys and values are kept as by its name: `bf16` or `int8`.
+///
+/// # Errors
+/// When the name is another.
+pub fn parse_kv_type(name: &str) -> Result<KvType, ConfigError> {
+    let found = KvType::ALL.into_iter().find(|kv| kv.name() == name);
+    found.ok_or_else(|| ConfigError::KvType { given: name.into() })
 }
 
 /// A tensor-parallel group on this machine.
@@ -120,6 +129,8 @@ pub struct WorkerConfig {
     pub tensor_parallel: Option<GroupConfig>,
     /// Threads that compute, of each rank; absent is an equal share of the CPUs.
     pub threads: Option<NonZeroUsize>,
+    /// What keys and values are kept as.
+    pub kv_type: KvType,
     /// Bytes of the KV pool; absent is a quarter of the memory that is available, between
     /// one full context and 1 GiB.
     pub kv_bytes: Option<u64>,
@@ -154,6 +165,7 @@ impl WorkerConfig {
             prompts: None,
             tensor_parallel: None,
             threads: None,
+            kv_type: KvType::default(),
             kv_bytes: None,
             context: None,
             engine: EngineConfig::default(),
@@ -189,6 +201,9 @@ impl WorkerConfig {
             if self.backend != BackendKind::Cpu {
                 return Err(ConfigError::GroupBackend);
             }
+        }
+        if self.kv_type != KvType::Bf16 && self.backend != BackendKind::Cpu {
+            return Err(ConfigError::KvBackend { kv: self.kv_type });
         }
         if let Some(isa) = self.isa.filter(|isa| !isa.is_available()) {
             return Err(ConfigError::IsaMissing { isa });
@@ -248,10 +263,22 @@ pub enum ConfigError {
         given: String,
     },
     /// Not a way to compute prompts.
-    #[error("prompts are computed in int8 or bf16, not {given:?}")]
+    #[error("prompts are computed in int8, bf16 or bf16-tiles, not {given:?}")]
     Prompts {
         /// What was given.
         given: String,
+    },
+    /// Nothing that keys and values can be kept as.
+    #[error("keys and values are bf16 or int8, not {given:?}")]
+    KvType {
+        /// What was given.
+        given: String,
+    },
+    /// Only one backend can keep them so.
+    #[error("keys and values in {} need the cpu backend", kv.name())]
+    KvBackend {
+        /// What they were to be kept as.
+        kv: KvType,
     },
     /// This machine cannot run it.
     #[error("this machine has no {isa:?}")]
@@ -349,6 +376,16 @@ mod tests {
     }
 
     #[test]
+    fn int8_keys_and_values_need_the_backend_that_has_them() {
+        let mut config = config();
+        config.kv_type = KvType::Int8;
+        assert_eq!(config.validate(), Ok(()));
+        config.backend = BackendKind::Candle;
+        let kv = KvType::Int8;
+        assert_eq!(config.validate(), Err(ConfigError::KvBackend { kv }));
+    }
+
+    #[test]
     fn names_parse() {
         for kind in [BackendKind::Cpu, BackendKind::Candle] {
             assert_eq!(kind.to_string().parse(), Ok(kind));
@@ -358,5 +395,9 @@ mod tests {
             assert_eq!(parse_isa(isa_name(isa)), Ok(isa));
         }
         assert!(parse_isa("AVX2").is_err());
+        for kv in KvType::ALL {
+            assert_eq!(parse_kv_type(kv.name()), Ok(kv));
+        }
+        assert!(parse_kv_type("int4").is_err());
     }
 }

@@ -26,7 +26,9 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use config::{BackendKind, ConfigError, GroupConfig, WorkerConfig, parse_isa, parse_prompts};
+pub use config::{
+    BackendKind, ConfigError, GroupConfig, WorkerConfig, parse_isa, parse_kv_type, parse_prompts,
+};
 pub use error::WorkerError;
 pub use group::{GroupError, RankCommand, Watch, run_rank};
 pub use load::{LoadError, Loaded};

@@ -12,7 +12,9 @@ use shoal_gguf::{Gguf, GgufError};
 use shoal_proto::worker::TokenizerBundle;
 use shoal_text::{TextError, bundle_from_gguf};
 
-use crate::config::{BackendKind, ConfigError, WorkerConfig, isa_name, parse_isa, parse_prompts};
+use crate::config::{
+    BackendKind, ConfigError, WorkerConfig, isa_name, parse_isa, parse_kv_type, parse_prompts,
+};
 use crate::group::{GroupBackend, GroupError, Part, Watch};
 use crate::memory;
 
@@ -44,9 +46,9 @@ pub enum LoadError {
     /// Its ranks did not come together.
     #[error(transparent)]
     Group(#[from] GroupError),
-    /// Rank 0 named an instruction set of another version.
+    /// Rank 0 named a setting of another version.
     #[error(transparent)]
-    Isa(#[from] ConfigError),
+    Setting(#[from] ConfigError),
     /// The backend refused it.
     #[error(transparent)]
     Backend(#[from] BackendError),
@@ -94,6 +96,7 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
                 isa,
                 prompts,
                 threads: config.rank_threads(),
+                kv: config.kv_type,
                 pages,
                 max_rows,
                 max_logit_rows,
@@ -109,6 +112,7 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
                 isa: isa_name(isa).to_owned(),
                 prompts: prompts.name().to_owned(),
                 threads: config.rank_threads(),
+                kv: config.kv_type.name().to_owned(),
                 pages,
                 max_rows,
                 max_logit_rows,
@@ -160,6 +164,7 @@ pub(crate) fn rank_of(gguf: &Gguf, spec: ModelSpec, part: &Part) -> Result<CpuBa
         isa: parse_isa(&part.isa)?,
         prompts: parse_prompts(&part.prompts)?,
         threads: part.threads,
+        kv: parse_kv_type(&part.kv)?,
         pages: part.pages,
         max_rows: part.max_rows,
         max_logit_rows: part.max_logit_rows,
@@ -180,7 +185,7 @@ fn pages(
     weights: u64,
     available: Option<u64>,
 ) -> Result<u32, LoadError> {
-    let page = CpuBackend::page_bytes(spec) as u64;
+    let page = CpuBackend::page_bytes(spec, config.kv_type) as u64;
     let context = spec.context.div_ceil(PAGE_TOKENS) as u64 * page;
     let available = available.unwrap_or(u64::MAX);
     let kv = config

@@ -9,7 +9,9 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use shoal_fabric::net::{Limits, ListenConfig};
 use shoal_fabric::telemetry::LogConfig;
-use shoal_worker::{GroupConfig, RankCommand, WorkerConfig, parse_isa, parse_prompts};
+use shoal_worker::{
+    GroupConfig, RankCommand, WorkerConfig, parse_isa, parse_kv_type, parse_prompts,
+};
 
 use super::values::{Size, Time};
 use super::{ConfigError, Section, log, tls};
@@ -47,9 +49,14 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_ISA", value_name = "ISA")]
     pub(crate) isa: Option<String>,
 
-    /// Activations of prompts on the cpu backend: int8 as those of answers, or bf16, ten times
-    /// closer to float32 [default: bf16 where the instruction set multiplies it]
-    #[arg(long, env = "SHOAL_WORKER_PROMPT_PRECISION", value_name = "int8|bf16")]
+    /// Activations of prompts on the cpu backend: int8 as those of answers, or ten times closer to
+    /// float32 bf16, or bf16-tiles, the same in the order of AMX
+    /// [default: what the machine multiplies, the last first]
+    #[arg(
+        long,
+        env = "SHOAL_WORKER_PROMPT_PRECISION",
+        value_name = "int8|bf16|bf16-tiles"
+    )]
     pub(crate) prompt_precision: Option<String>,
 
     /// Processes that share the model on this machine, each with a part of it [default: 1]
@@ -64,6 +71,11 @@ pub(crate) struct WorkerSettings {
     /// Threads that compute, in each process [default: an equal share of the CPUs]
     #[arg(long, env = "SHOAL_WORKER_THREADS", value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
+
+    /// What keys and values are kept as: bf16, or int8, which takes half the memory
+    /// [default: bf16]
+    #[arg(long, env = "SHOAL_WORKER_KV_TYPE", value_name = "TYPE")]
+    pub(crate) kv_type: Option<String>,
 
     /// Memory of the KV cache, such as 512MiB
     /// [default: a quarter of what is available, at most 1GiB]
@@ -201,6 +213,10 @@ impl WorkerSettings {
                 .transpose()?,
             tensor_parallel,
             threads: self.threads,
+            kv_type: match self.kv_type {
+                Some(name) => parse_kv_type(&name)?,
+                None => default.kv_type,
+            },
             kv_bytes: self.kv_size.map(|size| size.0),
             context: self.context,
             engine,

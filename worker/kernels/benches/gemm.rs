@@ -12,7 +12,7 @@ use shoal_kernels::gemm::{Linear, Placed, Write, multiply};
 use shoal_kernels::limits::{best, dot_rate, read_rate};
 use shoal_kernels::pack::{Block, BlockRows, Format, Layout, Packing, Source, pack};
 use shoal_kernels::pool::Pool;
-use shoal_kernels::quant::Activations;
+use shoal_kernels::quant::{Activations, SumOrder};
 use shoal_kernels::team::Team;
 
 const LAYERS: usize = 30;
@@ -142,7 +142,7 @@ fn step(
         let x: Vec<f32> = (0..k).map(|i| (i % 13) as f32 - 6.0).collect();
         let mut rows_of = Activations::new(rows, k, [format.precision()]);
         if prompts {
-            rows_of = rows_of.with_prompts();
+            rows_of = rows_of.with_prompts(SumOrder::Pairs);
             rows_of.set_prompts(0);
         }
         (0..rows).for_each(|row| rows_of.write(isa, row, 0, &x));

@@ -55,6 +55,8 @@ pub(crate) trait Pairs<L: Lanes> {
     type Words: Copy;
     /// Sixteen words.
     unsafe fn load(p: *const u32) -> Self::Words;
+    /// Sixteen pairs of int8, which brain floats hold exactly: the lows, then the highs.
+    unsafe fn widen(p: *const i8) -> Self::Words;
     /// `sum + high(words) * high(by) + low(words) * low(by)`, rounded after each addition.
     unsafe fn dot(sum: L, words: Self::Words, by: u32) -> L;
     /// Stores sixteen pairs, each lane rounded to nearest even; all lanes are zero or normal.
@@ -94,6 +96,11 @@ impl<L: Lanes> Pairs<L> for Fused {
         unsafe { L::bf16_pairs(p) }
     }
     #[inline(always)]
+    unsafe fn widen(p: *const i8) -> Self::Words {
+        // SAFETY: the caller's contract.
+        unsafe { (L::load_i8(p), L::load_i8(p.add(LANES))) }
+    }
+    #[inline(always)]
     unsafe fn dot(sum: L, (low, high): Self::Words, by: u32) -> L {
         // SAFETY: the caller's contract. The products are exact, so fusing rounds nothing away.
         unsafe {
@@ -113,7 +120,7 @@ mod native {
     use std::arch::x86_64::*;
 
     use super::{Native, Pairs};
-    use crate::simd::Avx512;
+    use crate::simd::{Avx512, LANES, Lanes};
 
     // SAFETY of every block below: the caller runs with AVX-512 BF16, and its pointers are valid.
     impl Pairs<Avx512> for Native {
@@ -122,6 +129,15 @@ mod native {
         #[inline(always)]
         unsafe fn load(p: *const u32) -> __m512i {
             unsafe { _mm512_loadu_si512(p.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn widen(p: *const i8) -> __m512i {
+            unsafe {
+                let (low, high) = (Avx512::load_i8(p), Avx512::load_i8(p.add(LANES)));
+                let [low, high] = [low, high].map(|x| _mm512_castps_si512(x.0));
+                // The lower halves of such floats are zeros.
+                _mm512_or_si512(high, _mm512_srli_epi32::<16>(low))
+            }
         }
         #[inline(always)]
         unsafe fn dot(sum: Avx512, words: __m512i, by: u32) -> Avx512 {

@@ -4,6 +4,7 @@
 //! One law holds in every module: a row's result has the same bits for every instruction
 //! set, every batch size and every split of the work over threads.
 
+pub mod amx;
 pub mod arena;
 pub mod attention;
 pub mod elementwise;

@@ -59,6 +59,15 @@ pub(crate) trait Lanes: Copy {
     unsafe fn first(self, n: usize) -> Self;
     /// Sixteen pairs of bf16, each pair one little-endian u32: the lows and the highs.
     unsafe fn bf16_pairs(p: *const u32) -> (Self, Self);
+    /// Sixteen int8.
+    #[inline(always)]
+    unsafe fn load_i8(p: *const i8) -> Self {
+        // SAFETY: the caller vouches for sixteen elements.
+        unsafe {
+            let lanes = p.cast::<[i8; LANES]>().read_unaligned().map(f32::from);
+            Self::load(lanes.as_ptr())
+        }
+    }
     /// The sum of the lanes: lane i and i+8, then i+4, i+2, i+1.
     unsafe fn sum(self) -> f32;
     /// The greatest lane.
@@ -290,6 +299,13 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn load_i8(p: *const i8) -> Self {
+            unsafe {
+                let lanes = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
+                Self(_mm512_cvtepi32_ps(lanes))
+            }
+        }
+        #[inline(always)]
         unsafe fn sum(self) -> f32 {
             unsafe { self.halves().sum() }
         }
@@ -449,6 +465,14 @@ mod x86 {
                 let high = |w| _mm256_castsi256_ps(_mm256_and_si256(w, mask));
                 (Self(low(a), low(b)), Self(high(a), high(b)))
             }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(p: *const i8) -> Self {
+            #[inline(always)]
+            unsafe fn half(p: *const i8) -> __m256 {
+                unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+            }
+            unsafe { Self(half(p), half(p.add(8))) }
         }
         #[inline(always)]
         unsafe fn sum(self) -> f32 {

@@ -37,6 +37,8 @@ pub(crate) struct Part {
     /// How prompts are computed, by its name.
     pub(crate) prompts: String,
     pub(crate) threads: usize,
+    /// What keys and values are kept as, by its name.
+    pub(crate) kv: String,
     pub(crate) pages: u32,
     pub(crate) max_rows: usize,
     pub(crate) max_logit_rows: usize,

@@ -14,6 +14,7 @@ use shoal_engine::spec::ModelSpec;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
 use shoal_kernels::arena::Arena;
+use shoal_kernels::kv::KvType;
 use shoal_kernels::limits::{dot_rate, fma_rate, read_rate};
 use shoal_kernels::logits::BLOCK;
 use shoal_kernels::pool::Pool;
@@ -57,6 +58,7 @@ pub(crate) fn run(args: &EngineArgs, path: &Path) -> Result<Report, EngineBenchE
         isa,
         prompts: args.prompt_precision.unwrap_or(PromptPrecision::best(isa)),
         threads,
+        kv: args.kv_type,
         pages,
         max_rows: steps().map(Layout::rows).max().unwrap_or(1).max(LOGIT_ROWS),
         max_logit_rows: LOGIT_ROWS,
@@ -65,7 +67,7 @@ pub(crate) fn run(args: &EngineArgs, path: &Path) -> Result<Report, EngineBenchE
     let backend = CpuBackend::load(&gguf, spec, options)?;
     let load = started.elapsed();
     let limits = limits(threads, isa)?;
-    let mut bench = Bench::new(backend);
+    let mut bench = Bench::new(backend, args.kv_type);
     bench.touch()?;
     let mut measured = Vec::new();
     for (case, layouts) in cases.iter().zip(&layouts) {
@@ -91,6 +93,7 @@ const PARTS: usize = Phase::ALL.len() + 1;
 /// A backend and the memory of a step.
 struct Bench {
     backend: CpuBackend,
+    kv: KvType,
     logits: Vec<f32>,
     sampler: Sampler,
     counts: Counts,
@@ -98,8 +101,9 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(backend: CpuBackend) -> Self {
+    fn new(backend: CpuBackend, kv: KvType) -> Self {
         Self {
+            kv,
             logits: vec![0.0; LOGIT_ROWS * backend.spec().vocab],
             backend,
             sampler: Sampler::default(),
@@ -190,7 +194,7 @@ impl Bench {
         let spec = self.backend.spec();
         let groups = || case.steps.iter().flatten();
         if phase == Phase::Attention {
-            let token = CpuBackend::page_bytes(spec) / PAGE_TOKENS;
+            let token = CpuBackend::page_bytes(spec, self.kv) / PAGE_TOKENS;
             let attended: usize = groups().map(Group::attended).sum();
             return Work {
                 bytes: groups().map(Group::tokens).sum::<usize>() * token,

@@ -14,7 +14,8 @@ use shoal_engine::cpu::PromptPrecision;
 use shoal_engine::spec::SpecError;
 use shoal_gguf::GgufError;
 use shoal_kernels::Isa;
-use shoal_worker::{parse_isa, parse_prompts};
+use shoal_kernels::kv::KvType;
+use shoal_worker::{parse_isa, parse_kv_type, parse_prompts};
 
 use crate::config::StoreSettings;
 use crate::store::ModelSource;
@@ -36,9 +37,14 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "ISA", value_parser = parse_isa)]
     isa: Option<Isa>,
 
-    /// Activations of prompts: int8 or bf16 [default: bf16 where the instruction set multiplies it]
-    #[arg(long, value_name = "int8|bf16", value_parser = parse_prompts)]
+    /// Activations of prompts: int8, bf16 or bf16-tiles [default: what the machine multiplies, the
+    /// last first]
+    #[arg(long, value_name = "int8|bf16|bf16-tiles", value_parser = parse_prompts)]
     prompt_precision: Option<PromptPrecision>,
+
+    /// What keys and values are kept as: bf16 or int8
+    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = parse_kv_type)]
+    kv_type: KvType,
 
     /// Only the cases whose name contains this
     #[arg(long, value_name = "TEXT", default_value = "")]

@@ -1,6 +1,6 @@
-//! The CPU backend: rows of output on the int8 path, those of prompts on it or the bf16 path,
-//! bf16 keys and values, one order of operations for every instruction set, batch and thread
-//! count.
+//! The CPU backend: rows of output on the int8 path, those of prompts on it or the bf16 path, keys
+//! and values in bf16 or int8, one order of operations for every instruction set, batch and
+//! thread count.
 //!
 //! The ranks of a tensor-parallel group are backends of a [shard](ShardPlan) each. Rank 0 is the
 //! one that an engine has: its step sends the batch to the others, who [follow](CpuBackend::follow).
@@ -19,9 +19,9 @@ use shoal_collective::Collective;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
 use shoal_kernels::attention::MAX_QUERIES;
-use shoal_kernels::kv::{HEAD_MULTIPLE, Heads, KvPool, Plan, Run};
+use shoal_kernels::kv::{HEAD_MULTIPLE, Heads, KvPool, KvType, Plan, Run};
 use shoal_kernels::logits;
-use shoal_kernels::quant::{Activations, BLOCK};
+use shoal_kernels::quant::{Activations, BLOCK, SumOrder};
 use shoal_kernels::team::Team;
 
 use crate::backend::{Backend, BackendError, Batch, NumericsId, Segment};
@@ -40,25 +40,33 @@ const NUMERICS_VERSION: u32 = 3;
 pub enum PromptPrecision {
     /// As those of an output: the fastest on machines without products of bf16.
     Int8,
-    /// bf16, ten times closer to f32.
+    /// bf16, ten times closer to f32, summed in the order of AVX-512 BF16.
     Bf16,
+    /// bf16, summed in the order of AMX.
+    Bf16Tiles,
 }
 
 impl PromptPrecision {
     /// What suits machines with `isa`.
     pub fn best(isa: Isa) -> Self {
-        if isa.multiplies_bf16() {
+        if isa == Isa::detect() && shoal_kernels::amx::available() {
+            Self::Bf16Tiles
+        } else if isa.multiplies_bf16() {
             Self::Bf16
         } else {
             Self::Int8
         }
     }
 
-    /// Its name: `int8` or `bf16`.
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::Int8, Self::Bf16, Self::Bf16Tiles];
+
+    /// Its name: `int8`, `bf16` or `bf16-tiles`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Int8 => "int8",
             Self::Bf16 => "bf16",
+            Self::Bf16Tiles => "bf16-tiles",
         }
     }
 }
@@ -72,6 +80,8 @@ pub struct CpuOptions {
     pub prompts: PromptPrecision,
     /// Threads that compute.
     pub threads: usize,
+    /// What keys and values are kept as; it changes results.
+    pub kv: KvType,
     /// Pages of the KV pool.
     pub pages: u32,
     /// Most rows of one step.
@@ -137,13 +147,13 @@ impl Scratch {
 
 impl CpuBackend {
     /// Bytes of one page of the KV pool, of all ranks together where no head is shared.
-    pub fn page_bytes(spec: &ModelSpec) -> usize {
+    pub fn page_bytes(spec: &ModelSpec, kv: KvType) -> usize {
         let heads = Heads {
             q: spec.n_head,
             kv: spec.n_kv_head,
             dim: spec.head_dim,
         };
-        KvPool::page_bytes(heads, spec.n_layer)
+        KvPool::page_bytes(kv, heads, spec.n_layer)
     }
 
     /// Packs the weights and allocates the KV pool, as the only rank.
@@ -183,10 +193,12 @@ impl CpuBackend {
         let mut team =
             Team::new(options.threads, options.isa, spec.d_model, heads.dim).map_err(device)?;
         let weights = Weights::load(gguf, &spec, &shard, &mut team)?;
-        let kv = KvPool::new(heads, spec.n_layer, options.pages as usize).map_err(device)?;
+        let pages = options.pages as usize;
+        let kv = KvPool::new(options.kv, heads, spec.n_layer, pages).map_err(device)?;
         let mut sha = Sha256::new();
         sha.update(weights_digest(gguf, &spec));
-        sha.update(b"cpu bf16");
+        sha.update(b"cpu ");
+        sha.update(options.kv.name());
         sha.update(NUMERICS_VERSION.to_le_bytes());
         sha.update(options.prompts.name());
         if shards.world() > 1 {
@@ -197,7 +209,8 @@ impl CpuBackend {
             let inputs = Activations::new(rows, width, consumers.flat_map(Linear::precisions));
             match options.prompts {
                 PromptPrecision::Int8 => inputs,
-                PromptPrecision::Bf16 => inputs.with_prompts(),
+                PromptPrecision::Bf16 => inputs.with_prompts(SumOrder::Pairs),
+                PromptPrecision::Bf16Tiles => inputs.with_prompts(SumOrder::Tiles),
             }
         };
         let scratch = Scratch {

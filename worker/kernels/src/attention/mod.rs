@@ -1,28 +1,31 @@
 //! Attention over paged keys and values.
 //!
-//! A page holds [`PAGE`] tokens of one key–value head as bf16, in the order that attention
-//! reads it: keys as `[half of 16 tokens][pair of dims][token][2]`, so that lanes are tokens,
-//! values as `[pair of tokens][dim][2]`, so that lanes are dimensions. Nothing is re-packed
-//! after the append.
+//! A page holds [`PAGE`] tokens of one key–value head, in the order that attention reads them
+//! (`store.rs`).
 //!
 //! A query attends span by span, [`SPAN`] tokens each: scores, their maximum, weights, the
 //! weighted sum of the values; spans are merged in ascending order by log-sum-exp (Rabe and
-//! Staats 2021). Queries and weights are rounded to bf16 as keys and values are, so that a
-//! product of pairs is one instruction where there is one. Every sum runs in one fixed order
+//! Staats 2021). Queries and weights are rounded to bf16, as keys and values are or can be read,
+//! so that a product of pairs is one instruction where there is one. Every sum runs in one fixed order
 //! that depends on the query's own length only, so batching, chunking and page placement
 //! change no bit.
 
 mod kernel;
+mod merge;
+mod store;
 #[cfg(test)]
 mod tests;
 
 use std::ops::Range;
 
-use kernel::{merged, some, whole};
+use kernel::{some, whole};
+use merge::merged;
+pub use store::KvType;
+pub(crate) use store::{append_key, append_value};
 
 use crate::Isa;
-use crate::bf16::{bf16, dispatch_pairs, pairs};
-use crate::simd::{LANES, Lanes, dispatch};
+use crate::bf16::{dispatch_pairs, pairs};
+use crate::simd::{LANES, dispatch};
 
 /// Tokens in a page.
 pub const PAGE: usize = 32;
@@ -30,11 +33,6 @@ pub const PAGE: usize = 32;
 pub(crate) const SPAN: usize = 2 * PAGE;
 /// Most queries of one call, and of one key–value head.
 pub const MAX_QUERIES: usize = 32;
-
-/// u32 words of one page of one head: keys, then values.
-pub(crate) const fn page_words(head_dim: usize) -> usize {
-    PAGE * head_dim
-}
 
 /// What a query is multiplied with, so that weights are powers of two of the scores.
 pub(crate) fn query_scale(head_dim: usize) -> f32 {
@@ -49,53 +47,6 @@ pub(crate) fn prepare_query(isa: Isa, query: &mut [f32], out: &mut [u32]) {
     let scale = query_scale(query.len());
     query.iter_mut().for_each(|x| *x *= scale);
     pairs(isa, query, out);
-}
-
-/// Stores the key of one token at `offset` of the keys of a page.
-///
-/// # Panics
-/// When the slices are not of the page's shape.
-pub(crate) fn append_key(isa: Isa, keys: &mut [u32], offset: usize, key: &[f32]) {
-    let hd = key.len();
-    assert!(keys.len() == page_words(hd) / 2 && offset < PAGE);
-    let start = offset / LANES * (hd / 2 * LANES) + offset % LANES;
-    let mut words = [0; LANES];
-    for (i, key) in key.chunks(2 * LANES).enumerate() {
-        let words = &mut words[..key.len() / 2];
-        pairs(isa, key, words);
-        for (j, &word) in words.iter().enumerate() {
-            keys[start + (i * LANES + j) * LANES] = word;
-        }
-    }
-}
-
-/// Stores the value of one token at `offset` of the values of a page. The first token of a
-/// pair clears its partner's place, so no value of the page's previous owner is ever read.
-///
-/// # Panics
-/// When the slices are not of the page's shape.
-pub(crate) fn append_value(isa: Isa, values: &mut [u32], offset: usize, value: &[f32]) {
-    let hd = value.len();
-    assert!(values.len() == page_words(hd) / 2 && offset < PAGE);
-    let words = &mut values[offset / 2 * hd..][..hd];
-    let second = !offset.is_multiple_of(2);
-    // SAFETY: the kernel needs the features alone.
-    dispatch!(isa, put_value::<_>(words: &mut [u32], value: &[f32], second: bool));
-}
-
-/// # Safety
-/// See [`Lanes`].
-#[inline(always)]
-unsafe fn put_value<L: Lanes>(words: &mut [u32], value: &[f32], second: bool) {
-    if second {
-        for (word, &v) in words.iter_mut().zip(value) {
-            *word = (*word & 0xffff) | bf16(v) << 16;
-        }
-    } else {
-        for (word, &v) in words.iter_mut().zip(value) {
-            *word = bf16(v);
-        }
-    }
 }
 
 /// One query head of one row.
@@ -120,6 +71,8 @@ impl Query<'_> {
 pub(crate) struct Pages<'a> {
     /// `[page][head]` of a layer.
     pub(crate) layer: &'a [u32],
+    /// What they are kept as.
+    pub(crate) kv: KvType,
     /// The pages of the sequence.
     pub(crate) table: &'a [u32],
     /// Heads of the layer.
@@ -131,7 +84,7 @@ pub(crate) struct Pages<'a> {
 impl Pages<'_> {
     /// Whether there are pages for `tokens`, all inside the layer.
     fn hold(&self, tokens: usize, hd: usize) -> bool {
-        let count = self.layer.len() / (self.heads * page_words(hd));
+        let count = self.layer.len() / (self.heads * self.kv.page_words(hd));
         self.head < self.heads
             && tokens <= self.table.len() * PAGE
             && self.table.iter().all(|&page| (page as usize) < count)
@@ -140,7 +93,9 @@ impl Pages<'_> {
     #[inline(always)]
     fn page(&self, index: usize, hd: usize) -> *const u32 {
         let page = self.table[index] as usize * self.heads + self.head;
-        self.layer.as_ptr().wrapping_add(page * page_words(hd))
+        self.layer
+            .as_ptr()
+            .wrapping_add(page * self.kv.page_words(hd))
     }
 }
 

@@ -3,30 +3,60 @@ use crate::testing::{isas, random};
 
 /// Pages of the second of two heads, in reverse order.
 struct Stored {
+    kv: KvType,
     layer: Vec<u32>,
     table: Vec<u32>,
 }
 
 impl Stored {
-    fn new(keys: &[f32], values: &[f32], hd: usize) -> Self {
-        let (tokens, words) = (keys.len() / hd, page_words(hd));
+    fn new(kv: KvType, keys: &[f32], values: &[f32], hd: usize) -> Self {
+        let (tokens, half) = (keys.len() / hd, kv.half_words(hd));
         let count = tokens.div_ceil(PAGE);
         // Stale contents of a previous owner: NaN everywhere.
-        let mut layer = vec![0x7fc0_7fc0; count * 2 * words];
+        let mut layer = vec![0x7fc0_7fc0; count * 2 * kv.page_words(hd)];
         let table: Vec<u32> = (0..count as u32).rev().collect();
         for t in 0..tokens {
             let (at, page) = (t * hd..(t + 1) * hd, table[t / PAGE] as usize);
-            let page = &mut layer[(page * 2 + 1) * words..][..words];
-            let (key, value) = page.split_at_mut(words / 2);
-            append_key(Isa::detect(), key, t % PAGE, &keys[at.clone()]);
-            append_value(Isa::detect(), value, t % PAGE, &values[at]);
+            let page = &mut layer[(page * 2 + 1) * 2 * half..][..2 * half];
+            let (key, value) = page.split_at_mut(half);
+            append_value(Isa::detect(), kv, value, t % PAGE, &values[at.clone()]);
+            let key = key.as_mut_ptr();
+            // SAFETY: half a page for keys of this width.
+            unsafe { append_key(Isa::detect(), kv, key, t % PAGE, &keys[at]) };
         }
-        Self { layer, table }
+        Self { kv, layer, table }
+    }
+
+    /// The keys and the values of so many tokens, as attention reads them.
+    fn read(&self, tokens: usize, hd: usize) -> [Vec<f64>; 2] {
+        let half = self.kv.half_words(hd);
+        // Number `second` of pair `at`, by the scale of a token.
+        let number = |words: &[u32], at: usize, second: usize, token: usize| match self.kv {
+            KvType::Bf16 => half::bf16::from_bits((words[at] >> (16 * second)) as u16).to_f64(),
+            KvType::Int8 => {
+                let byte = at / LANES * 2 * LANES + second * LANES + at % LANES;
+                let value = (words[byte / 4] >> (8 * (byte % 4))) as i8;
+                f64::from(value) * f64::from(f32::from_bits(words[half - PAGE + token]))
+            }
+        };
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for t in 0..tokens {
+            let (page, token) = (self.table[t / PAGE] as usize, t % PAGE);
+            let page = &self.layer[(page * 2 + 1) * 2 * half..][..2 * half];
+            for d in 0..hd {
+                let key = (token / LANES * (hd / 2) + d / 2) * LANES + token % LANES;
+                keys.push(number(page, key, d % 2, token));
+                let value = token / 2 * hd + d;
+                values.push(number(&page[half..], value, token % 2, token));
+            }
+        }
+        [keys, values]
     }
 
     fn pages(&self) -> Pages<'_> {
         Pages {
             layer: &self.layer,
+            kv: self.kv,
             table: &self.table,
             heads: 2,
             head: 1,
@@ -59,29 +89,85 @@ fn run(isa: Isa, queries: &[Query<'_>], stored: &Stored) -> Vec<f32> {
     out
 }
 
-fn round(x: &[f32]) -> Vec<f64> {
-    x.iter()
-        .map(|&v| half::bf16::from_f32(v).to_f64())
-        .collect()
+#[test]
+fn pages_hold_what_was_written() {
+    for hd in [16, 64, 80] {
+        let tokens = 45;
+        // Keys a thousand times as large as values, and one of each that is zero.
+        let mut k: Vec<f32> = random(tokens * hd, 1).iter().map(|x| x * 1e3).collect();
+        let mut v = random(tokens * hd, 2);
+        k[7 * hd..8 * hd].fill(0.0);
+        v[44 * hd..].fill(0.0);
+        for kv in KvType::ALL {
+            let read = Stored::new(kv, &k, &v, hd).read(tokens, hd);
+            for (written, read) in [&k, &v].into_iter().zip(&read) {
+                for (written, read) in written.chunks_exact(hd).zip(read.chunks_exact(hd)) {
+                    let most = written.iter().fold(0f32, |most, x| most.max(x.abs()));
+                    for (&written, &read) in written.iter().zip(read) {
+                        let written = f64::from(written);
+                        let half_step = match kv {
+                            KvType::Bf16 => written.abs() / 256.0,
+                            KvType::Int8 => f64::from(most) / 254.0,
+                        };
+                        let error = (written - read).abs();
+                        assert!(error <= half_step * (1.0 + 1e-5), "{kv:?} {written} {read}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What is no number shows in its own token's scale, and to those alone that see it.
+#[test]
+fn a_fault_of_int8_stays_with_its_token() {
+    let (hd, tokens) = (64, 3);
+    let mut k = random(tokens * hd, 1);
+    k[hd + 5] = f32::INFINITY;
+    let stored = Stored::new(KvType::Int8, &k, &k, hd);
+    let faults = |x: &[f64]| -> Vec<bool> {
+        let rows = x.chunks_exact(hd);
+        rows.map(|x| !x.iter().all(|x| x.is_finite())).collect()
+    };
+    for numbers in stored.read(tokens, hd) {
+        assert_eq!(faults(&numbers), [false, true, false]);
+    }
+    let queries = [1, 2, 3].map(|len| Query {
+        q: &[0x3f80_3f80; 32],
+        len,
+        out: (len - 1) * hd,
+    });
+    for isa in isas() {
+        let (mut scratch, mut out) = (Scratch::new(hd), vec![0.0; tokens * hd]);
+        attend(isa, &queries, stored.pages(), &mut scratch, &mut out);
+        let out: Vec<f64> = out.into_iter().map(f64::from).collect();
+        assert_eq!(faults(&out), [false, true, true], "{isa:?}");
+    }
 }
 
 #[test]
 fn follows_the_definition() {
-    for (hd, tokens) in [(64, 1), (64, 33), (80, 64), (128, 65), (64, 300), (96, 129)] {
+    let shapes = [(64, 1), (64, 33), (80, 64), (128, 65), (64, 300), (96, 129)];
+    for (kv, (hd, tokens)) in KvType::ALL
+        .into_iter()
+        .flat_map(|kv| shapes.map(|s| (kv, s)))
+    {
         let (k, v) = (random(tokens * hd, 1), random(tokens * hd, 2));
         let mut q: Vec<f32> = random(hd, 3).iter().map(|x| x * 3.0).collect();
         let mut ready = vec![0; hd / 2];
         prepare_query(Isa::detect(), &mut q, &mut ready);
-        let out = run(
-            Isa::detect(),
-            &[Query {
-                q: &ready,
-                len: tokens,
-                out: 0,
-            }],
-            &Stored::new(&k, &v, hd),
-        );
-        let (q, k, v) = (round(&q), round(&k), round(&v));
+        let stored = Stored::new(kv, &k, &v, hd);
+        let query = Query {
+            q: &ready,
+            len: tokens,
+            out: 0,
+        };
+        let out = run(Isa::detect(), &[query], &stored);
+        let [k, v] = stored.read(tokens, hd);
+        let q: Vec<f64> = q
+            .iter()
+            .map(|&q| half::bf16::from_f32(q).to_f64())
+            .collect();
         let scores: Vec<f64> = (0..tokens)
             .map(|t| (0..hd).map(|d| q[d] * k[t * hd + d]).sum())
             .collect();
@@ -90,20 +176,18 @@ fn follows_the_definition() {
         let total: f64 = weights.iter().sum();
         for d in 0..hd {
             let exact: f64 = (0..tokens).map(|t| weights[t] * v[t * hd + d]).sum::<f64>() / total;
-            assert!(
-                (f64::from(out[d]) - exact).abs() < 4e-3,
-                "{hd} {tokens} {d}"
-            );
+            let error = (f64::from(out[d]) - exact).abs();
+            assert!(error < 4e-3, "{kv:?} {hd} {tokens} {d}: {error}");
         }
     }
 }
 
 #[test]
 fn batch_and_instruction_set_change_no_bit() {
-    for hd in [64, 80] {
+    for (kv, hd) in KvType::ALL.into_iter().flat_map(|kv| [(kv, 64), (kv, 80)]) {
         let tokens = 150;
         let (k, v) = (random(tokens * hd, 4), random(tokens * hd, 5));
-        let pages = Stored::new(&k, &v, hd);
+        let pages = Stored::new(kv, &k, &v, hd);
         let mut q = random(30 * hd, 6);
         let mut ready = vec![0; q.len() / 2];
         for (q, ready) in q.chunks_exact_mut(hd).zip(ready.chunks_exact_mut(hd / 2)) {
@@ -120,15 +204,15 @@ fn batch_and_instruction_set_change_no_bit() {
         let together = run(Isa::Scalar, &queries, &pages);
         assert!(together.iter().all(|x| x.is_finite()));
         for isa in isas() {
-            assert_eq!(run(isa, &queries, &pages), together, "{isa:?}");
+            assert_eq!(run(isa, &queries, &pages), together, "{kv:?} {isa:?}");
             for (i, query) in queries.iter().enumerate() {
                 // Alone, and as if the tokens after it had never been written.
                 let len = query.len * hd;
-                let own = Stored::new(&k[..len], &v[..len], hd);
+                let own = Stored::new(kv, &k[..len], &v[..len], hd);
                 assert_eq!(
                     run(isa, &[*query], &own),
                     together[i * hd..(i + 1) * hd],
-                    "{isa:?} {i}"
+                    "{kv:?} {isa:?} {i}"
                 );
             }
         }

@@ -1,19 +1,20 @@
 //! The product for rows of prompts: weights and activations are brain floats.
 //!
 //! The weights of a strip or two are [widened](super::panel) once for all rows. Lanes are output
-//! rows, and K is summed pair by pair in ascending order, each sum rounded, as
-//! [`Pairs::dot`](crate::bf16::Pairs::dot) does: a row has the same bits for every instruction
-//! set, batch and split.
+//! rows, and K is summed in ascending order: pair by pair, each sum rounded, as
+//! [`Pairs::dot`](crate::bf16::Pairs::dot) does, or in [tile order](crate::amx). Either gives a row
+//! the same bits for every instruction set, batch and split.
 
 use std::ops::Range;
 
-use super::Task;
 use super::dot::Dot;
 use super::panel::{Panel, widen};
+use super::{Outputs, Task};
 use crate::Isa;
+use crate::amx::{self, Product};
 use crate::bf16::{Pairs, dispatch_pairs};
 use crate::pack::STRIP;
-use crate::quant::{BLOCK, PAIR_GROUP};
+use crate::quant::{BLOCK, PAIR_GROUP, SumOrder};
 
 /// Words of a strip that is multiplied together with the next: two fit in the second-level cache
 /// beside the rows.
@@ -24,8 +25,72 @@ const TOGETHER: usize = 32 * 1024;
 /// # Safety
 /// As [`Linear::columns`](super::Linear::columns).
 pub(super) unsafe fn run(isa: Isa, task: &Task<'_>, panel: &mut Panel) {
-    // SAFETY: the contract of this function.
-    dispatch_pairs!(isa, strips(task: &Task<'_>, panel: &mut Panel));
+    match task.acts.order() {
+        // SAFETY: the contract of this function.
+        SumOrder::Pairs => dispatch_pairs!(isa, strips(task: &Task<'_>, panel: &mut Panel)),
+        // SAFETY: as above.
+        SumOrder::Tiles => unsafe { tiles(isa, task, panel) },
+    }
+}
+
+/// The same in tile order.
+///
+/// # Safety
+/// As [`run`].
+unsafe fn tiles(isa: Isa, task: &Task<'_>, panel: &mut Panel) {
+    let (k, first) = (task.layout.k(), task.acts.first_pairs());
+    let words = k / 2 * STRIP;
+    let start = panel.room(2, k);
+    // Products begin with a group of rows; what comes before the first is one of its own.
+    let border = first + (task.rows.start - first).next_multiple_of(PAIR_GROUP);
+    let border = border.min(task.rows.end);
+    for at in task.strips.clone().step_by(2) {
+        let strips = at..task.strips.end.min(at + 2);
+        let both = strips.clone();
+        // SAFETY: there is room for two strips; the rest is the contract of this function.
+        dispatch_pairs!(isa, panels(task: &Task<'_>, both: Range<usize>, start: *mut u32));
+        let panels = [0, 1].map(|i| start.wrapping_add(i * words).cast_const());
+        for rows in [task.rows.start..border, border..task.rows.end] {
+            if rows.is_empty() {
+                continue;
+            }
+            let skipped = (rows.start - task.rows.start) * task.out.stride
+                + (strips.start - task.strips.start) * STRIP;
+            let product = Product {
+                panels: &panels[..strips.len()],
+                n: (strips.len() * STRIP).min(task.layout.n() - strips.start * STRIP),
+                blocks: k / BLOCK,
+                acts: task.acts.pairs(rows.start, 0).cast_const().cast(),
+                rows: rows.len(),
+                out: Outputs {
+                    start: task.out.start.wrapping_add(skipped),
+                    ..task.out
+                },
+            };
+            // SAFETY: the panels are there; the rest is the contract of this function. The first
+            // rows are less than a group, from which on they lie as one that begins with them.
+            unsafe {
+                if rows.start < border {
+                    amx::in_software(isa, &product);
+                } else {
+                    amx::multiply(isa, &product);
+                }
+            }
+        }
+    }
+}
+
+/// Widens strips, one after the other.
+///
+/// # Safety
+/// As [`run`], on the machine of `L` and `P`; `start` has room for them.
+#[inline(always)]
+unsafe fn panels<L: Dot, P: Pairs<L>>(task: &Task<'_>, strips: Range<usize>, start: *mut u32) {
+    let words = task.layout.k() / 2 * STRIP;
+    for (i, strip) in strips.enumerate() {
+        // SAFETY: the contract of this function.
+        unsafe { widen::<L, P>(task.format(), task.strip(strip), start.add(i * words)) };
+    }
 }
 
 /// # Safety
@@ -39,9 +104,7 @@ unsafe fn strips<L: Dot, P: Pairs<L>>(task: &Task<'_>, panel: &mut Panel) {
         let strips = first..task.strips.end.min(first + most);
         // SAFETY: there is room for so many strips; the rest is the contract of this function.
         unsafe {
-            for (i, strip) in strips.clone().enumerate() {
-                widen::<L, P>(task.format(), task.strip(strip), start.add(i * words));
-            }
+            panels::<L, P>(task, strips.clone(), start);
             if strips.len() == 2 {
                 rows::<L, P, 2>(task, strips, start);
             } else {

@@ -7,7 +7,7 @@ use super::*;
 use crate::pack::{
     Block, BlockRows, FloatRows, NotFinite, Packing, ShapeError, Source, TILE, pack,
 };
-use crate::quant::Precision;
+use crate::quant::{Precision, SumOrder};
 use crate::testing::{isas, random};
 
 const QUANTS: [Format; 7] = [
@@ -160,14 +160,19 @@ impl Packed {
 
 /// `x` as the matrices take it.
 fn activations(isa: Isa, x: &[f32], matrices: &[Matrix<'_>]) -> Activations {
-    activations_with(isa, x, matrices, usize::MAX)
+    activations_with(isa, x, matrices, (usize::MAX, SumOrder::Pairs))
 }
 
-/// The same, the rows from `prompts` on being those of prompts.
-fn activations_with(isa: Isa, x: &[f32], matrices: &[Matrix<'_>], prompts: usize) -> Activations {
+/// The same, the rows from `prompts` on being those of prompts, which are summed in that order.
+fn activations_with(
+    isa: Isa,
+    x: &[f32],
+    matrices: &[Matrix<'_>],
+    (prompts, order): (usize, SumOrder),
+) -> Activations {
     let k = matrices[0].0.k();
     let precisions = matrices.iter().map(|m| m.0.format().precision());
-    let mut acts = Activations::new(x.len() / k, k, precisions).with_prompts();
+    let mut acts = Activations::new(x.len() / k, k, precisions).with_prompts(order);
     acts.set_prompts(prompts);
     for (row, x) in x.chunks_exact(k).enumerate() {
         acts.write(isa, row, 0, x);
@@ -192,11 +197,16 @@ fn stacked(matrices: &[Matrix<'_>]) -> (Vec<u8>, Vec<Placed>) {
 
 /// The product for every instruction set: one result, bit for bit.
 fn product(matrices: &[Matrix<'_>], x: &[f32], threads: usize) -> Vec<f32> {
-    product_with(matrices, x, threads, usize::MAX)
+    product_with(matrices, x, threads, (usize::MAX, SumOrder::Pairs))
 }
 
-/// The same, the rows from `prompts` on being those of prompts.
-fn product_with(matrices: &[Matrix<'_>], x: &[f32], threads: usize, prompts: usize) -> Vec<f32> {
+/// The same, the rows from `prompts` on being those of prompts, which are summed in that order.
+fn product_with(
+    matrices: &[Matrix<'_>],
+    x: &[f32],
+    threads: usize,
+    prompts: (usize, SumOrder),
+) -> Vec<f32> {
     let (data, parts) = stacked(matrices);
     let linear = Linear::new(&data, &parts);
     let rows = x.len() / matrices[0].0.k();

@@ -9,9 +9,10 @@ use std::io;
 pub use plan::{Plan, Run};
 
 use crate::arena::Arena;
+pub use crate::attention::KvType;
 use crate::attention::{
     MAX_QUERIES, Pages, Query, append_key, append_value, attend, attend_spans, merge_spans,
-    page_words, partial_width, prepare_query,
+    partial_width, prepare_query,
 };
 use crate::gemm::{Linear, Outputs, ROW_BLOCK, Write};
 use crate::pool::Scatter;
@@ -43,28 +44,30 @@ impl Heads {
 /// Pages of every layer, `[layer][page][kv head]`, all of one size.
 pub struct KvPool {
     arena: Arena,
+    kv: KvType,
     heads: Heads,
     pages: usize,
 }
 
 impl KvPool {
     /// Bytes of one page of all layers.
-    pub fn page_bytes(heads: Heads, layers: usize) -> usize {
-        layers * heads.kv * page_words(heads.dim) * 4
+    pub fn page_bytes(kv: KvType, heads: Heads, layers: usize) -> usize {
+        layers * heads.kv * kv.page_words(heads.dim) * 4
     }
 
     /// `pages` zeroed pages for each of `layers` layers.
-    pub fn new(heads: Heads, layers: usize, pages: usize) -> io::Result<Self> {
-        let arena = Arena::new(Self::page_bytes(heads, layers) * pages)?;
+    pub fn new(kv: KvType, heads: Heads, layers: usize, pages: usize) -> io::Result<Self> {
+        let arena = Arena::new(Self::page_bytes(kv, heads, layers) * pages)?;
         Ok(Self {
             arena,
+            kv,
             heads,
             pages,
         })
     }
 
     fn layer_words(&self) -> usize {
-        self.pages * self.heads.kv * page_words(self.heads.dim)
+        self.pages * self.heads.kv * self.kv.page_words(self.heads.dim)
     }
 
     fn layer_mut(&mut self, layer: usize) -> &mut [u32] {
@@ -89,7 +92,7 @@ impl KvPool {
         each: &(dyn Fn(usize, usize, &mut [f32]) + Sync),
     ) {
         let (Heads { q, kv, dim }, rows, isa) = (self.heads, plan.rows(), team.isa);
-        let (words, pages) = (page_words(dim), self.pages);
+        let (ty, pages, half) = (self.kv, self.pages, self.kv.half_words(dim));
         assert!(linear.n() == self.heads.qkv() && linear.takes(acts, rows));
         assert!(plan.heads() == self.heads && 2 * queries.len() >= rows * q * dim);
         assert!(plan.slots.iter().all(|&(page, _)| page < pages));
@@ -99,7 +102,7 @@ impl KvPool {
         let block = rows.div_ceil(2).next_multiple_of(GROUP);
         let block = block.clamp(2 * GROUP, ROW_BLOCK);
         let blocks = rows.div_ceil(block);
-        // Two tokens share a word of values, so one item stores all values of a head, in order.
+        // Two tokens share a word of bf16 values, so one item stores all values of a head, in order.
         let items = kv + blocks * (q + kv);
         team.pool
             .phase_with(&mut team.scratch, items, |scratch, item| {
@@ -131,15 +134,14 @@ impl KvPool {
                             continue;
                         }
                         let (page, offset) = plan.slots[row];
-                        let at = (page * kv + (head - q) % kv) * words;
-                        let half = words / 2;
+                        let at = (page * kv + (head - q) % kv) * 2 * half;
                         // SAFETY: keys and values are halves of a page. An item has the keys of
                         // its own rows, or all values of its head.
                         unsafe {
                             if head < q + kv {
-                                append_key(isa, store.part(at, half), offset, values);
+                                append_key(isa, ty, store.at(at), offset, values);
                             } else {
-                                append_value(isa, store.part(at + half, half), offset, values);
+                                append_value(isa, ty, store.part(at + half, half), offset, values);
                             }
                         }
                     }
@@ -187,6 +189,7 @@ impl KvPool {
                     let of_head = &of_head[..count];
                     let pages = Pages {
                         layer,
+                        kv: self.kv,
                         table: plan.table(block),
                         heads: kv,
                         head,

@@ -27,7 +27,7 @@ struct Rig {
 }
 
 impl Rig {
-    fn new(heads: Heads, threads: usize, isa: Isa) -> Self {
+    fn new(kv: KvType, heads: Heads, threads: usize, isa: Isa) -> Self {
         let mut team = Team::new(threads, isa, WIDTH, heads.dim).unwrap();
         let layout = Layout::new(heads.qkv(), WIDTH, Format::F32).unwrap();
         let mut weights = vec![0; layout.bytes()];
@@ -40,7 +40,7 @@ impl Rig {
         pack(&mut team, &mut [packing]).unwrap();
         Self {
             heads,
-            kv: KvPool::new(heads, 2, 64).unwrap(),
+            kv: KvPool::new(kv, heads, 2, 64).unwrap(),
             plan: Plan::new(heads, threads, 512),
             weights,
             part: Placed { layout, offset: 0 },
@@ -122,7 +122,7 @@ fn attends_to_what_was_projected() {
         let Heads { q, kv, dim } = heads;
         let tokens = 70;
         let x = random(tokens * WIDTH, 5);
-        let mut rig = Rig::new(heads, 2, Isa::detect());
+        let mut rig = Rig::new(KvType::Bf16, heads, 2, Isa::detect());
         let out = rig.step(&[(0, &x, &[7, 3, 5])]);
 
         let mut acts = Activations::new(tokens, WIDTH, [Precision::F32]);
@@ -164,15 +164,18 @@ fn attends_to_what_was_projected() {
 
 #[test]
 fn batch_split_pages_and_instruction_set_change_no_bit() {
-    for heads in HEADS {
+    for (kv, heads) in KvType::ALL
+        .into_iter()
+        .flat_map(|kv| HEADS.map(|h| (kv, h)))
+    {
         let tokens = 500;
         let x = random(tokens * WIDTH, 6);
         let row = heads.q * heads.dim;
         let pages: Vec<u32> = (0..16).collect();
-        let whole = Rig::new(heads, 1, Isa::detect()).step(&[(0, &x, &pages)]);
+        let whole = Rig::new(kv, heads, 1, Isa::detect()).step(&[(0, &x, &pages)]);
         for isa in isas() {
             for threads in [1, 2, 5] {
-                let mut rig = Rig::new(heads, threads, isa);
+                let mut rig = Rig::new(kv, heads, threads, isa);
                 // Beside another sequence in chunks, then token by token.
                 let (other, pages) = (random(3 * WIDTH, 9), Vec::from_iter((20..36).rev()));
                 let mut position = 0;
@@ -183,7 +186,10 @@ fn batch_split_pages_and_instruction_set_change_no_bit() {
                     let out = rig.step(&sequences[usize::from(chunk == 1)..]);
                     let out = &out[out.len() - chunk * row..];
                     let expected = &whole[position * row..][..chunk * row];
-                    assert!(out == expected, "{heads:?} {isa:?} {threads} {position}");
+                    assert!(
+                        out == expected,
+                        "{kv:?} {heads:?} {isa:?} {threads} {position}"
+                    );
                     position += chunk;
                 }
                 assert_eq!(position, tokens);

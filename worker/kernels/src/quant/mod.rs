@@ -49,7 +49,7 @@ impl QuantBlock {
     /// What a greatest magnitude, as bits, makes of a block: its scale and its reciprocal.
     /// A reciprocal of 0 says that the values are all 0.
     #[inline(always)]
-    fn scales(magnitude: u32) -> (f32, f32) {
+    pub(crate) fn scales(magnitude: u32) -> (f32, f32) {
         let m = f32::from_bits(magnitude);
         if (TINY..f32::INFINITY).contains(&m) {
             (m / 127.0, 127.0 / m)
@@ -70,6 +70,15 @@ pub enum Precision {
     F32,
 }
 
+/// The order in which a product of brain floats sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SumOrder {
+    /// Pair by pair, as attention does: that of AVX-512 BF16.
+    Pairs,
+    /// Blocks of 32 columns, of each the even columns and the odd ones: that of AMX.
+    Tiles,
+}
+
 /// A block of a row as pairs of brain floats: a line of a cache, a row of a matrix unit's tile.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(64))]
@@ -88,6 +97,7 @@ pub struct Activations {
     int8: Option<Box<[UnsafeCell<QuantBlock>]>>,
     f32: Option<Box<[UnsafeCell<f32>]>>,
     pairs: Option<Box<[UnsafeCell<PairBlock>]>>,
+    order: SumOrder,
     /// The first row of a prompt.
     prompts: usize,
     rows: usize,
@@ -109,6 +119,7 @@ impl Activations {
             int8: None,
             f32: None,
             pairs: None,
+            order: SumOrder::Pairs,
             prompts: rows,
             rows,
             k,
@@ -126,8 +137,10 @@ impl Activations {
         all
     }
 
-    /// The same, with room for rows of prompts as bf16 if it has room for int8.
-    pub fn with_prompts(mut self) -> Self {
+    /// The same, with room for rows of prompts as bf16 if it has room for int8. Their products
+    /// sum in `order`.
+    pub fn with_prompts(mut self, order: SumOrder) -> Self {
+        self.order = order;
         if self.int8.is_some() {
             let groups = self.rows.div_ceil(PAIR_GROUP);
             self.pairs = Some(zeros(groups * PAIR_GROUP * (self.k / BLOCK)));
@@ -138,6 +151,11 @@ impl Activations {
     /// Says that the rows from `first` on are those of prompts. What rows held is void.
     pub fn set_prompts(&mut self, first: usize) {
         self.prompts = first.min(self.rows);
+    }
+
+    /// The order in which products of prompts sum.
+    pub(crate) fn order(&self) -> SumOrder {
+        self.order
     }
 
     /// The first row that is kept as bf16 in place of int8.
