@@ -14,10 +14,11 @@ use shoal_text::{EncodeOptions, Tokenizer, bundle_from_gguf};
 const TOKENS: usize = 2048;
 
 fn text(gguf: &Gguf) -> Vec<TokenId> {
-    let tokenizer = Tokenizer::new(&bundle_from_gguf(gguf).unwrap()).unwrap();
+    let tokenizer =
+        Tokenizer::new(&bundle_from_gguf(gguf).expect("a tokenizer")).expect("it is supported");
     let mut tokens = tokenizer
         .encode(&data("perplexity.txt"), EncodeOptions::default())
-        .unwrap();
+        .expect("it is supported");
     assert!(tokens.len() >= TOKENS, "{} tokens", tokens.len());
     tokens.truncate(TOKENS);
     tokens

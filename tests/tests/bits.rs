@@ -106,10 +106,10 @@ fn long_context(load: fn(&Gguf, Isa, usize) -> CpuBackend) {
             }
             step.push(&mut sequence, part, Role::Prompt);
             let others = 2 * beside as usize * vocab;
-            logits.extend_from_slice(&step.run(&mut backend).unwrap()[others..]);
+            logits.extend_from_slice(&step.run(&mut backend).expect("a step")[others..]);
         }
         // A single row has the threads to itself.
-        logits.extend(append(&mut backend, &mut sequence, &[7], Role::Output).unwrap());
+        logits.extend(append(&mut backend, &mut sequence, &[7], Role::Output).expect("a step"));
         logits
     };
     let alone = run(2, 256, 0);
