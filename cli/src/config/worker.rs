@@ -49,9 +49,8 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_ISA", value_name = "ISA")]
     pub(crate) isa: Option<String>,
 
-    /// Activations of prompts on the cpu backend: int8 as those of answers, or ten times closer to
-    /// float32 bf16, or bf16-tiles, the same in the order of AMX
-    /// [default: what the machine multiplies, the last first]
+    /// Activations of prompts on the cpu backend: int8 as those of answers; or, ten times closer to
+    /// float32, bf16, or bf16-tiles in the order of AMX [default: bf16-tiles with AMX, else int8]
     #[arg(
         long,
         env = "SHOAL_WORKER_PROMPT_PRECISION",

@@ -46,11 +46,6 @@ impl Isa {
         self <= Self::detect() && (self != Self::Neon || cfg!(target_arch = "aarch64"))
     }
 
-    /// Whether it has a product of bf16.
-    pub fn multiplies_bf16(self) -> bool {
-        self == Self::Avx512Bf16
-    }
-
     /// Itself, once checked: what every dispatcher calls before it enters a kernel.
     ///
     /// # Panics

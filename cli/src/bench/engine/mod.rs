@@ -37,8 +37,7 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "ISA", value_parser = parse_isa)]
     isa: Option<Isa>,
 
-    /// Activations of prompts: int8, bf16 or bf16-tiles [default: what the machine multiplies, the
-    /// last first]
+    /// Activations of prompts: int8, bf16 or bf16-tiles [default: bf16-tiles with AMX, else int8]
     #[arg(long, value_name = "int8|bf16|bf16-tiles", value_parser = parse_prompts)]
     prompt_precision: Option<PromptPrecision>,
 

@@ -38,7 +38,7 @@ const NUMERICS_VERSION: u32 = 3;
 /// before the first layer to the logits of its last token. Those of an output are int8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PromptPrecision {
-    /// As those of an output: the fastest on machines without products of bf16.
+    /// As those of an output: the fastest on machines without AMX.
     Int8,
     /// bf16, ten times closer to f32, summed in the order of AVX-512 BF16.
     Bf16,
@@ -47,12 +47,10 @@ pub enum PromptPrecision {
 }
 
 impl PromptPrecision {
-    /// What suits machines with `isa`.
+    /// The fastest with `isa`.
     pub fn best(isa: Isa) -> Self {
         if isa == Isa::detect() && shoal_kernels::amx::available() {
             Self::Bf16Tiles
-        } else if isa.multiplies_bf16() {
-            Self::Bf16
         } else {
             Self::Int8
         }
