@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod bulk;
+mod compute;
 mod config;
 mod corpus;
 mod epoch;
@@ -26,6 +27,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
+pub use compute::CoreTime;
 pub use config::{
     BackendKind, ConfigError, GroupConfig, WorkerConfig, parse_isa, parse_kv_type, parse_prompts,
 };

@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use crate::{
+    compute::ComputeCollector,
     config::WorkerConfig,
     epoch,
     error::WorkerError,
@@ -73,7 +74,10 @@ pub(crate) async fn serve(
     let member = config.member(address)?;
     let worker = Arc::new(Worker::new(&config, shutdown));
     let registry = Registry::default();
-    registry.register(|r| worker.metrics.register(r));
+    registry.register(|r| {
+        worker.metrics.register(r);
+        r.register_collector(Box::new(ComputeCollector));
+    });
     let (reporter, health) = tonic_health::server::health_reporter();
     probes::set_health(&reporter, worker.state()).await;
     let health_task = worker

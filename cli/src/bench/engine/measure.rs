@@ -18,6 +18,7 @@ use shoal_kernels::kv::KvType;
 use shoal_kernels::limits::{dot_rate, fma_rate, read_rate};
 use shoal_kernels::logits::BLOCK;
 use shoal_kernels::pool::Pool;
+use shoal_worker::CoreTime;
 
 use super::case::{Case, Group, Layout, all};
 use super::report::{Limits, Measured, Part, Report, Work};
@@ -86,6 +87,9 @@ fn limits(threads: usize, isa: Isa) -> Result<Limits, EngineBenchError> {
         fmas: fma_rate(&mut pool, isa),
     })
 }
+
+/// Nothing but the steps runs in this process.
+const ALL_THREADS: &[&str] = &[""];
 
 /// The parts of a step: the backend's phases, then drawing.
 const PARTS: usize = Phase::ALL.len() + 1;
@@ -161,6 +165,7 @@ impl Bench {
         time: Duration,
     ) -> Result<Measured, EngineBenchError> {
         let mut repeats: Vec<[f64; PARTS]> = Vec::new();
+        let cores = CoreTime::of_threads(ALL_THREADS);
         let started = Instant::now();
         while repeats.len() < LEAST_REPEATS || started.elapsed() < time {
             let mut sums = [0.0; PARTS];
@@ -171,6 +176,7 @@ impl Bench {
             }
             repeats.push(sums);
         }
+        let cores = CoreTime::of_threads(ALL_THREADS) - cores;
         let parts = (0..PARTS).map(|part| {
             let phase = Phase::ALL.get(part).copied();
             Part {
@@ -185,6 +191,7 @@ impl Bench {
             rows: layouts.iter().map(Layout::rows).sum(),
             seconds: median(totals()),
             least: totals().fold(f64::INFINITY, f64::min),
+            waited: cores.waited_share(),
             parts: parts.collect(),
         })
     }

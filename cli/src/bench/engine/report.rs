@@ -44,6 +44,8 @@ pub(super) struct Measured {
     /// The median.
     pub(super) seconds: f64,
     pub(super) least: f64,
+    /// Share of the time in which there was no core for a thread that was ready to run.
+    pub(super) waited: f64,
     pub(super) parts: Vec<Part>,
 }
 
@@ -88,6 +90,8 @@ struct CaseReport {
     fma_percent: f64,
     /// The sum over the parts of what the dearest of the three would need.
     limit_percent: f64,
+    /// The share of the threads' time that went to other processes.
+    wait_percent: f64,
     parts: Vec<PartReport>,
 }
 
@@ -123,6 +127,7 @@ impl Report {
                 dot_percent: dot,
                 fma_percent: fma,
                 limit_percent: 100.0 * floor / case.seconds,
+                wait_percent: 100.0 * case.waited,
                 parts: parts
                     .map(|part| PartReport {
                         name: part.name,
@@ -161,13 +166,13 @@ impl fmt::Display for Report {
         let width = self.cases.iter().map(|c| c.name.len()).max().unwrap_or(0);
         writeln!(
             f,
-            "{:width$} {:>9} {:>9} {:>7} {:>6} {:>6} {:>6} {:>6}",
-            "", "ms", "least", "tok/s", "read%", "dots%", "fma%", "limit%"
+            "{:width$} {:>9} {:>9} {:>7} {:>6} {:>6} {:>6} {:>6} {:>6}",
+            "", "ms", "least", "tok/s", "read%", "dots%", "fma%", "limit%", "wait%"
         )?;
         for c in &self.cases {
             writeln!(
                 f,
-                "{:width$} {:>9.3} {:>9.3} {:>7.0} {:>6.0} {:>6.0} {:>6.0} {:>6.0}",
+                "{:width$} {:>9.3} {:>9.3} {:>7.0} {:>6.0} {:>6.0} {:>6.0} {:>6.0} {:>6.1}",
                 c.name,
                 c.ms,
                 c.least_ms,
@@ -175,7 +180,8 @@ impl fmt::Display for Report {
                 c.read_percent,
                 c.dot_percent,
                 c.fma_percent,
-                c.limit_percent
+                c.limit_percent,
+                c.wait_percent
             )?;
         }
         writeln!(f, "\nms of each part (and % of what limits it)")?;
@@ -223,6 +229,7 @@ mod tests {
             rows: 8,
             seconds: 4.0,
             least: 3.0,
+            waited: 0.5,
             parts: vec![part(100, 500), part(0, 2000)],
         };
         let report = Report::new(Isa::Scalar, 2, Duration::ZERO, limits, vec![measured]);
@@ -239,6 +246,7 @@ mod tests {
             (2.0, 25.0, 62.5)
         );
         assert_eq!((case.fma_percent, case.limit_percent), (0.0, 75.0));
+        assert_eq!(case.wait_percent, 50.0);
         assert!(report.to_string().contains("100%"));
     }
 }
