@@ -53,12 +53,18 @@ pub(crate) trait Pairs<L: Lanes> {
     const WIDE: bool;
     /// Sixteen pairs.
     type Words: Copy;
+    /// One pair, as [`dot`](Self::dot) multiplies with it: at most 8 bytes.
+    type By: Copy;
+    /// The pair in a word.
+    unsafe fn by(word: u32) -> Self::By;
+    /// Rounds sixteen lanes to eight pairs.
+    unsafe fn put(lanes: L, p: *mut Self::By);
     /// Sixteen words.
     unsafe fn load(p: *const u32) -> Self::Words;
     /// Sixteen pairs of int8, which brain floats hold exactly: the lows, then the highs.
     unsafe fn widen(p: *const i8) -> Self::Words;
     /// `sum + high(words) * high(by) + low(words) * low(by)`, rounded after each addition.
-    unsafe fn dot(sum: L, words: Self::Words, by: u32) -> L;
+    unsafe fn dot(sum: L, words: Self::Words, by: *const Self::By) -> L;
     /// Stores sixteen pairs, each lane rounded to nearest even; all lanes are zero or normal.
     #[inline(always)]
     unsafe fn round(low: L, high: L, p: *mut u32) {
@@ -87,9 +93,20 @@ fn nearest(x: f32) -> u32 {
 pub(crate) struct Fused;
 
 impl<L: Lanes> Pairs<L> for Fused {
-    const WIDE: bool = false;
+    const WIDE: bool = L::REGISTERS >= 32;
     /// The lows and the highs.
     type Words = (L, L);
+    /// The low and the high: a load spreads one over the lanes, and no other instruction.
+    type By = [f32; 2];
+    #[inline(always)]
+    unsafe fn by(word: u32) -> Self::By {
+        [f32::from_bits(word << 16), f32::from_bits(word & HIGH)]
+    }
+    #[inline(always)]
+    unsafe fn put(lanes: L, p: *mut Self::By) {
+        // SAFETY: the caller vouches for sixteen numbers.
+        unsafe { lanes.to_bf16().store(p.cast()) }
+    }
     #[inline(always)]
     unsafe fn load(p: *const u32) -> Self::Words {
         // SAFETY: the caller's contract.
@@ -101,11 +118,11 @@ impl<L: Lanes> Pairs<L> for Fused {
         unsafe { (L::load_i8(p), L::load_i8(p.add(LANES))) }
     }
     #[inline(always)]
-    unsafe fn dot(sum: L, (low, high): Self::Words, by: u32) -> L {
+    unsafe fn dot(sum: L, (low, high): Self::Words, by: *const Self::By) -> L {
         // SAFETY: the caller's contract. The products are exact, so fusing rounds nothing away.
         unsafe {
-            let sum = high.fma(L::splat(f32::from_bits(by & HIGH)), sum);
-            low.fma(L::splat(f32::from_bits(by << 16)), sum)
+            let by: *const f32 = by.cast();
+            low.fma(L::splat(*by), high.fma(L::splat(*by.add(1)), sum))
         }
     }
 }
@@ -126,6 +143,15 @@ mod native {
     impl Pairs<Avx512> for Native {
         const WIDE: bool = true;
         type Words = __m512i;
+        type By = u32;
+        #[inline(always)]
+        unsafe fn by(word: u32) -> u32 {
+            word
+        }
+        #[inline(always)]
+        unsafe fn put(lanes: Avx512, p: *mut u32) {
+            unsafe { lanes.to_bf16().store_high(p.cast()) }
+        }
         #[inline(always)]
         unsafe fn load(p: *const u32) -> __m512i {
             unsafe { _mm512_loadu_si512(p.cast()) }
@@ -140,9 +166,9 @@ mod native {
             }
         }
         #[inline(always)]
-        unsafe fn dot(sum: Avx512, words: __m512i, by: u32) -> Avx512 {
+        unsafe fn dot(sum: Avx512, words: __m512i, by: *const u32) -> Avx512 {
             unsafe {
-                let by = _mm512_set1_epi32(by as i32);
+                let by = _mm512_set1_epi32(*by as i32);
                 // A cast of 512 bits to 512 bits, which has no intrinsic of its own.
                 let [words, by] = [words, by].map(|x| std::mem::transmute::<__m512i, __m512bh>(x));
                 Avx512(_mm512_dpbf16_ps(sum.0, words, by))
@@ -226,7 +252,7 @@ mod tests {
         unsafe {
             let mut sum = L::splat(0.0);
             for (words, &by) in words.chunks_exact(LANES).zip(by) {
-                sum = P::dot(sum, P::load(words.as_ptr()), by);
+                sum = P::dot(sum, P::load(words.as_ptr()), &P::by(by));
             }
             sum.store(out.as_mut_ptr());
         }

@@ -7,7 +7,9 @@ use std::ops::Range;
 
 use super::merge::{Softmax, add, divide};
 use super::store::{Bf16, Int8, Stored};
-use super::{KvType, MAX_QUERIES, PAGE, Pages, Query, SPAN, Scratch, longest, partial_width};
+use super::{
+    KvType, MAX_QUERIES, PAGE, Pages, Place, Query, SPAN, Scratch, longest, partial_width,
+};
 use crate::bf16::{Fused, Pairs};
 use crate::math::exp2;
 use crate::simd::{LANES, Lanes};
@@ -31,6 +33,8 @@ pub(super) unsafe fn whole<L: Lanes, P: Pairs<L>>(
     for query in queries {
         out[query.out..query.out + hd].fill(0.0);
     }
+    // SAFETY: the contract of this function.
+    unsafe { spread::<L, P>(queries, scratch) };
     for index in 0..longest(queries).div_ceil(SPAN) {
         // SAFETY: the contract of this function.
         unsafe {
@@ -62,6 +66,8 @@ pub(super) unsafe fn some<L: Lanes, P: Pairs<L>>(
 ) {
     let hd = queries[0].head_dim();
     let mut partials = partials.chunks_exact_mut(partial_width(hd));
+    // SAFETY: the contract of this function.
+    unsafe { spread::<L, P>(queries, scratch) };
     for index in spans {
         // SAFETY: the contract of this function.
         let Softmax { max, sum } = unsafe { any_span::<L, P>(queries, pages, index, scratch) };
@@ -73,9 +79,43 @@ pub(super) unsafe fn some<L: Lanes, P: Pairs<L>>(
     }
 }
 
-/// [`span`] with the pairs that suit the number of queries; both give the same bits. Few queries
-/// wait for memory: the instruction would only run into what has been asked for and has not come
-/// yet, and keep the core from asking for more.
+/// Whether queries are so few that they wait for memory. An instruction for pairs would only run
+/// into what has been asked for and has not come yet, and keep the core from asking for more.
+#[inline(always)]
+fn few(queries: &[Query<'_>]) -> bool {
+    queries.len() <= ROWS
+}
+
+/// Makes the queries' pairs ready to be multiplied with.
+///
+/// # Safety
+/// As [`span`].
+#[inline(always)]
+unsafe fn spread<L: Lanes, P: Pairs<L>>(queries: &[Query<'_>], scratch: &mut Scratch) {
+    // SAFETY: the contract of this function.
+    unsafe {
+        match few(queries) {
+            true => spread_to::<L, Fused>(queries, scratch),
+            false => spread_to::<L, P>(queries, scratch),
+        }
+    }
+}
+
+/// # Safety
+/// As [`span`].
+#[inline(always)]
+unsafe fn spread_to<L: Lanes, P: Pairs<L>>(queries: &[Query<'_>], scratch: &mut Scratch) {
+    let width = queries[0].q.len();
+    for (i, query) in queries.iter().enumerate() {
+        let pairs = row(&mut scratch.queries, i, width).cast::<P::By>();
+        for (j, &word) in query.q.iter().enumerate() {
+            // SAFETY: there is room for the pairs of every query.
+            unsafe { pairs.add(j).write(P::by(word)) };
+        }
+    }
+}
+
+/// [`span`] with the pairs that suit the number of queries; both give the same bits.
 ///
 /// # Safety
 /// As [`span`].
@@ -88,16 +128,17 @@ unsafe fn any_span<L: Lanes, P: Pairs<L>>(
 ) -> Softmax {
     // SAFETY: the contract of this function.
     unsafe {
-        match (pages.kv, queries.len() > ROWS) {
-            (KvType::Bf16, true) => span::<L, P, Bf16>(queries, pages, index, scratch),
-            (KvType::Bf16, false) => span::<L, Fused, Bf16>(queries, pages, index, scratch),
-            (KvType::Int8, true) => span::<L, P, Int8>(queries, pages, index, scratch),
-            (KvType::Int8, false) => span::<L, Fused, Int8>(queries, pages, index, scratch),
+        match (pages.kv, few(queries)) {
+            (KvType::Bf16, false) => span::<L, P, Bf16>(queries, pages, index, scratch),
+            (KvType::Bf16, true) => span::<L, Fused, Bf16>(queries, pages, index, scratch),
+            (KvType::Int8, false) => span::<L, P, Int8>(queries, pages, index, scratch),
+            (KvType::Int8, true) => span::<L, Fused, Int8>(queries, pages, index, scratch),
         }
     }
 }
 
-/// Attends to one span; the weighted sums are in `scratch.span`. Queries that do not reach the
+/// Attends to one span with the queries that were [spread]; the weighted sums are in
+/// `scratch.span`. Queries that do not reach the
 /// span have no weights, and sums of no meaning.
 ///
 /// # Safety
@@ -122,28 +163,31 @@ unsafe fn span<L: Lanes, P: Pairs<L>, S: Stored>(
     // SAFETY: the contract of this function; rows i..i+r are within `n`.
     unsafe {
         for i in (0..n).step_by(ROWS) {
-            let (queries, lens) = (&queries[i..], &lens[i..]);
-            let s = row(&mut scratch.scores, i, SPAN);
+            let lens = &lens[i..];
+            let (q, s) = (
+                row(&mut scratch.queries, i, hd / 2).cast_const(),
+                row(&mut scratch.scores, i, SPAN),
+            );
             match n - i {
-                1 => scores::<L, P, S, 1>(queries, &pages, lens, hd, s),
-                2 => scores::<L, P, S, 2>(queries, &pages, lens, hd, s),
-                3 => scores::<L, P, S, 3>(queries, &pages, lens, hd, s),
-                _ => scores::<L, P, S, ROWS>(queries, &pages, lens, hd, s),
+                1 => scores::<L, P, S, 1>(q, &pages, lens, hd, s),
+                2 => scores::<L, P, S, 2>(q, &pages, lens, hd, s),
+                3 => scores::<L, P, S, 3>(q, &pages, lens, hd, s),
+                _ => scores::<L, P, S, ROWS>(q, &pages, lens, hd, s),
             }
         }
         for i in 0..n {
             let (s, w) = (
                 row(&mut scratch.scores, i, SPAN),
-                row(&mut scratch.weights, i, SPAN / 2),
+                row(&mut scratch.weights, i, SPAN / 2).cast(),
             );
             if lens[i] > 0 {
-                (softmax.max[i], softmax.sum[i]) = weights::<L, S>(s, &pages, lens[i], hd, w);
+                (softmax.max[i], softmax.sum[i]) = weights::<L, P, S>(s, &pages, lens[i], hd, w);
             }
         }
         for i in (0..n).step_by(ROWS) {
             let lens = &lens[i..];
             let (w, o) = (
-                row(&mut scratch.weights, i, SPAN / 2),
+                row(&mut scratch.weights, i, SPAN / 2).cast_const(),
                 row(&mut scratch.span, i, hd),
             );
             match n - i {
@@ -167,19 +211,15 @@ fn row<T>(matrix: &mut [T], i: usize, width: usize) -> *mut T {
 /// ascending order, for whole pages.
 #[inline(always)]
 unsafe fn scores<L: Lanes, P: Pairs<L>, S: Stored, const R: usize>(
-    queries: &[Query<'_>],
+    q: *const Place,
     pages: &[*const u32; SPAN / PAGE],
     lens: &[usize],
     hd: usize,
     out: *mut f32,
 ) {
     let len = lens[..R].iter().copied().max().unwrap_or(0);
-    let mut q = [std::ptr::null(); R];
-    for (q, query) in q.iter_mut().zip(queries) {
-        *q = query.q.as_ptr();
-    }
     let second = |keys| S::line(keys, hd / 2 * LANES);
-    // SAFETY: `queries[r].q` has `hd / 2` words, `out` R·SPAN, and the keys are those of pages.
+    // SAFETY: `q` has R·hd/2 places, `out` R·SPAN numbers, and the keys are those of pages.
     unsafe {
         if P::WIDE && len > PAGE {
             let tiles = [pages[0], second(pages[0]), pages[1], second(pages[1])];
@@ -195,7 +235,7 @@ unsafe fn scores<L: Lanes, P: Pairs<L>, S: Stored, const R: usize>(
 /// The products with vectors of tokens. Each line of keys asks for the line of values at its place.
 #[inline(always)]
 unsafe fn tiles_of<L: Lanes, P: Pairs<L>, S: Stored, const R: usize, const T: usize>(
-    q: [*const u32; R],
+    q: *const Place,
     tiles: [*const u32; T],
     hd: usize,
     out: *mut f32,
@@ -209,7 +249,7 @@ unsafe fn tiles_of<L: Lanes, P: Pairs<L>, S: Stored, const R: usize, const T: us
                 L::prefetch(line.wrapping_add(S::TYPE.half_words(hd)).cast());
                 let words = S::load::<L, P>(line);
                 for r in 0..R {
-                    acc[r] = P::dot(acc[r], words, *q[r].add(d));
+                    acc[r] = P::dot(acc[r], words, q.add(r * (hd / 2)).cast::<P::By>().add(d));
                 }
             }
         }
@@ -225,14 +265,14 @@ unsafe fn tiles_of<L: Lanes, P: Pairs<L>, S: Stored, const R: usize, const T: us
 /// others into zeros; what is kept of the values is weighted with the pairs in `out`. Returns the
 /// maximum and the sum of the weights.
 #[inline(always)]
-unsafe fn weights<L: Lanes, S: Stored>(
+unsafe fn weights<L: Lanes, P: Pairs<L>, S: Stored>(
     products: *const f32,
     pages: &[*const u32; SPAN / PAGE],
     len: usize,
     hd: usize,
-    out: *mut u32,
+    out: *mut P::By,
 ) -> (f32, f32) {
-    // SAFETY: `products` has SPAN elements, `out` a word for every two, and the pages are whole.
+    // SAFETY: `products` has SPAN elements, `out` a place for every two, and the pages are whole.
     unsafe {
         let mut s = [L::splat(0.0); SPAN / LANES];
         for (j, s) in s.iter_mut().enumerate() {
@@ -253,7 +293,7 @@ unsafe fn weights<L: Lanes, S: Stored>(
                 Some(scales) => s.mul(scales),
                 None => *s,
             };
-            by.store_bf16(out.cast::<u16>().add(j * LANES));
+            P::put(by, out.add(j * LANES / 2));
         }
         let sum = s[0].add(s[1]).add(s[2].add(s[3])).sum();
         (max, sum)
@@ -265,7 +305,7 @@ unsafe fn weights<L: Lanes, S: Stored>(
 /// of the next span's keys at its place.
 #[inline(always)]
 unsafe fn weighted<L: Lanes, P: Pairs<L>, S: Stored, const R: usize>(
-    w: *const u32,
+    w: *const Place,
     pages: (&[*const u32; SPAN / PAGE], &[*const u32; SPAN / PAGE]),
     lens: &[usize],
     hd: usize,
@@ -273,7 +313,7 @@ unsafe fn weighted<L: Lanes, P: Pairs<L>, S: Stored, const R: usize>(
 ) {
     let len = lens[..R].iter().copied().max().unwrap_or(0);
     let mut d = 0;
-    // SAFETY: `w` has R·SPAN/2 words, `out` R·hd elements, and the pages are whole.
+    // SAFETY: `w` has R·SPAN/2 places, `out` R·hd elements, and the pages are whole.
     unsafe {
         while d + 4 * LANES <= hd {
             weighted_part::<L, P, S, R, 4>(w, pages, len, hd, d, out);
@@ -288,7 +328,7 @@ unsafe fn weighted<L: Lanes, P: Pairs<L>, S: Stored, const R: usize>(
 
 #[inline(always)]
 unsafe fn weighted_part<L: Lanes, P: Pairs<L>, S: Stored, const R: usize, const C: usize>(
-    w: *const u32,
+    w: *const Place,
     (pages, next): (&[*const u32; SPAN / PAGE], &[*const u32; SPAN / PAGE]),
     len: usize,
     hd: usize,
@@ -306,7 +346,8 @@ unsafe fn weighted_part<L: Lanes, P: Pairs<L>, S: Stored, const R: usize, const 
                 L::prefetch(S::line(next[page], at).cast());
                 let words = S::load::<L, P>(S::line(values, at));
                 for r in 0..R {
-                    acc[r][c] = P::dot(acc[r][c], words, *w.add(r * (SPAN / 2) + pair));
+                    let by = w.add(r * (SPAN / 2)).cast::<P::By>().add(pair);
+                    acc[r][c] = P::dot(acc[r][c], words, by);
                 }
             }
         }

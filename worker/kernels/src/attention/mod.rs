@@ -99,11 +99,16 @@ impl Pages<'_> {
     }
 }
 
+/// Room for a pair, whatever it is multiplied as.
+type Place = [f32; 2];
+
 /// Room for the intermediate results of one call.
 pub(crate) struct Scratch {
-    scores: Vec<f32>,
+    /// Pairs of the queries.
+    queries: Vec<Place>,
     /// Pairs of the weights that the scores become.
-    weights: Vec<u32>,
+    weights: Vec<Place>,
+    scores: Vec<f32>,
     span: Vec<f32>,
 }
 
@@ -111,8 +116,9 @@ impl Scratch {
     /// For heads of this width.
     pub(crate) fn new(head_dim: usize) -> Self {
         Self {
+            queries: vec![[0.0; 2]; MAX_QUERIES * head_dim / 2],
+            weights: vec![[0.0; 2]; MAX_QUERIES * SPAN / 2],
             scores: vec![0.0; MAX_QUERIES * SPAN],
-            weights: vec![0; MAX_QUERIES * SPAN / 2],
             span: vec![0.0; MAX_QUERIES * head_dim],
         }
     }
@@ -122,6 +128,7 @@ fn check(queries: &[Query<'_>], pages: Pages<'_>, scratch: &Scratch) {
     let hd = queries[0].head_dim();
     assert!(queries.len() <= MAX_QUERIES && hd.is_multiple_of(LANES));
     assert!(scratch.span.len() >= queries.len() * hd);
+    assert!(scratch.queries.len() >= queries.len() * hd / 2);
     assert!(queries.iter().all(|q| q.head_dim() == hd && q.len > 0));
     assert!(pages.hold(longest(queries), hd));
 }

@@ -178,9 +178,9 @@ unsafe fn sums<L: Dot, P: Pairs<L>, const S: usize, const M: usize>(
                     P::load(strip.add((block * BLOCK / 2 + pair) * STRIP))
                 });
                 for (i, sums) in sums.iter_mut().enumerate() {
-                    let by = *acts.add(i * BLOCK / 2 + pair);
+                    let by = P::by(*acts.add(i * BLOCK / 2 + pair));
                     for (sum, words) in sums.iter_mut().zip(words) {
-                        *sum = P::dot(*sum, words, by);
+                        *sum = P::dot(*sum, words, &by);
                     }
                 }
             }

@@ -308,8 +308,10 @@ unsafe fn write_pairs<L: Lanes>(x: &[[f32; BLOCK]], out: *mut PairBlock) {
         // SAFETY: the contract of this function.
         unsafe {
             let out = out.add(i * PAIR_GROUP).cast::<u16>();
-            L::load(x.as_ptr()).store_bf16(out);
-            L::load(x.as_ptr().add(LANES)).store_bf16(out.add(LANES));
+            L::load(x.as_ptr()).to_bf16().store_high(out);
+            L::load(x.as_ptr().add(LANES))
+                .to_bf16()
+                .store_high(out.add(LANES));
         }
     }
 }

@@ -52,6 +52,7 @@ impl Neon {
 }
 
 impl Lanes for Neon {
+    const REGISTERS: usize = 8;
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         Self([unsafe { vdupq_n_f32(x) }; 4])

@@ -69,6 +69,7 @@ unsafe fn results<L: Lanes>(input: &Input, out: &mut Vec<u32>) {
             a.min(b),
             a.fma(b, c),
             a.round(),
+            a.to_bf16(),
             L::load(input.exponents.as_ptr()).exp2i(),
             a.where_ge(b, c),
             a.first(0),
@@ -88,7 +89,7 @@ unsafe fn results<L: Lanes>(input: &Input, out: &mut Vec<u32>) {
         }
         let mut halves = [[0u16; LANES]; 2];
         a.store_f16(halves[0].as_mut_ptr());
-        a.store_bf16(halves[1].as_mut_ptr());
+        a.store_high(halves[1].as_mut_ptr());
         out.extend(halves.as_flattened().iter().map(|&x| u32::from(x)));
     }
 }
