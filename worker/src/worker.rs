@@ -1,7 +1,10 @@
 //! The state of a worker: STARTING until its model has run once, then READY, or DRAINING.
 
 use std::{
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -46,6 +49,8 @@ impl Serving {
 pub(crate) struct Worker {
     serving: OnceLock<Arc<Serving>>,
     state: watch::Sender<WorkerState>,
+    /// The model has run and cannot at the moment. Changes under the lock of the state.
+    broken: AtomicBool,
     pub(crate) sessions: Arc<Sessions>,
     pub(crate) pages: Arc<Pages>,
     pub(crate) corpora: Corpora,
@@ -65,6 +70,7 @@ impl Worker {
         Self {
             serving: OnceLock::new(),
             state: watch::Sender::new(WorkerState::Starting),
+            broken: AtomicBool::new(false),
             sessions: Arc::new(Sessions::new(config.max_sessions, config.session_backlog)),
             pages: Arc::default(),
             corpora: Corpora::new(config),
@@ -94,13 +100,14 @@ impl Worker {
         self.serving.get().map(|serving| &**serving)
     }
 
-    /// Waits for the model to have run.
+    /// Waits for the model to have run once.
     pub(crate) async fn serving(&self) -> Result<Arc<Serving>, Closing> {
         let mut state = self.watch();
         tokio::select! {
             biased;
             () = self.closing.cancelled() => Err(Closing),
-            _ = state.wait_for(|&state| state != WorkerState::Starting) => {
+            // Whether it can run at the moment, the state tells.
+            _ = state.wait_for(|_| self.serving.get().is_some()) => {
                 self.serving.get().cloned().ok_or(Closing)
             }
         }
@@ -108,23 +115,32 @@ impl Worker {
 
     /// The model cannot run: nobody should send sequences.
     pub(crate) fn suspend(&self) {
-        self.turn(WorkerState::Ready, WorkerState::Starting);
+        self.set_broken(true);
     }
 
     /// It runs again.
     pub(crate) fn resume(&self) {
-        self.turn(WorkerState::Starting, WorkerState::Ready);
+        self.set_broken(false);
     }
 
-    /// Changes one state into another, and leaves any third as it is.
-    fn turn(&self, from: WorkerState, to: WorkerState) {
+    fn set_broken(&self, broken: bool) {
+        // A worker that drains goes on so.
         self.state.send_if_modified(|state| {
-            let turns = *state == from;
+            self.broken.store(broken, Ordering::Relaxed);
+            let turns = *state != WorkerState::Draining && *state != self.undrained();
             if turns {
-                *state = to;
+                *state = self.undrained();
             }
             turns
         });
+    }
+
+    /// The state of a worker that does not drain.
+    fn undrained(&self) -> WorkerState {
+        match self.broken.load(Ordering::Relaxed) {
+            true => WorkerState::Starting,
+            false => WorkerState::Ready,
+        }
     }
 
     /// Takes no new sequences; those that are left at the deadline end as preempted.
@@ -140,7 +156,7 @@ impl Worker {
         });
     }
 
-    /// Takes new sequences again, unless the worker ends.
+    /// Takes new sequences again, as soon as the model can run, unless the worker ends.
     pub(crate) fn undrain(&self, serving: &Serving) -> Result<(), Closing> {
         let mut result = Err(Closing);
         self.state.send_if_modified(|state| {
@@ -149,7 +165,8 @@ impl Worker {
             }
             serving.engine.undrain();
             result = Ok(());
-            std::mem::replace(state, WorkerState::Ready) != WorkerState::Ready
+            let undrained = self.undrained();
+            std::mem::replace(state, undrained) != undrained
         });
         result
     }

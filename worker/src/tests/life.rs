@@ -1,8 +1,11 @@
 //! From start to end.
 
-use std::{sync::mpsc, time::Duration};
+use std::{
+    sync::{Arc, mpsc},
+    time::Duration,
+};
 
-use shoal_proto::worker::{DescribeRequest, Finish, UndrainRequest};
+use shoal_proto::worker::{DescribeRequest, DrainRequest, Finish, UndrainRequest};
 use tonic::Code;
 use tonic_health::pb::health_check_response::ServingStatus;
 
@@ -10,7 +13,7 @@ use super::{
     fake::{CONTEXT, Control, FakeBackend, answer},
     rig::{Rig, in_time, submit, tokenizer},
 };
-use crate::{WorkerError, load::Loaded};
+use crate::{WorkerConfig, WorkerError, group::Watch, load::Loaded};
 
 #[tokio::test]
 async fn it_answers_while_it_loads() {
@@ -39,6 +42,45 @@ async fn it_answers_while_it_loads() {
         in_time(async { tokio::join!(description, async { finish.send(()).unwrap() }) }).await;
     description.unwrap();
     assert_eq!(rig.get("/ready").await, (200, "ready\n".into()));
+    rig.end().await.unwrap();
+}
+
+/// Whether a worker is ready again after a drain is up to its group.
+#[tokio::test]
+async fn a_broken_group_is_not_ready_after_a_drain() {
+    let control = Control::default();
+    let backend = FakeBackend::new(control.clone());
+    let group = Arc::new(Watch::new());
+    group.whole.send_replace(true);
+    let watch = Arc::clone(&group);
+    let load = move |_: &WorkerConfig| {
+        Ok(Loaded {
+            backend: Box::new(backend),
+            tokenizer: tokenizer(),
+            group: Some(watch),
+        })
+    };
+    let rig = Rig::loading(|_| {}, control, load).await;
+    let mut client = rig.client();
+    in_time(async { while rig.get("/ready").await.0 != 200 {} }).await;
+    for broken in [true, false] {
+        let drain = DrainRequest { deadline_ms: 0 };
+        in_time(client.drain(drain)).await.unwrap();
+        assert_eq!(rig.get("/ready").await, (503, "draining\n".into()));
+        group.whole.send_replace(!broken);
+        // The state of a worker that drains does not tell what it has heard of its group.
+        in_time(async {
+            loop {
+                client.undrain(UndrainRequest {}).await.unwrap();
+                let expected = if broken { "starting\n" } else { "ready\n" };
+                if rig.get("/ready").await.1 == expected {
+                    break;
+                }
+                client.drain(drain).await.unwrap();
+            }
+        })
+        .await;
+    }
     rig.end().await.unwrap();
 }
 

@@ -3,7 +3,7 @@
 //! A page holds [`PAGE`] tokens of one key–value head, in the order that attention reads them
 //! (`store.rs`).
 //!
-//! A query attends span by span, [`SPAN`] tokens each: scores, their maximum, weights, the
+//! A query attends span by span, 64 tokens each: scores, their maximum, weights, the
 //! weighted sum of the values; spans are merged in ascending order by log-sum-exp (Rabe and
 //! Staats 2021). Queries and weights are rounded to bf16, as keys and values are or can be read,
 //! so that a product of pairs is one instruction where there is one. Every sum runs in one fixed order
