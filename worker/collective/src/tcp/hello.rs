@@ -159,7 +159,7 @@ impl HelloError {
     /// What to do about it.
     pub fn class(&self) -> Class {
         match self {
-            Self::Io(_) | Self::Refused(Refusal::Taken | Refusal::Epoch { .. }) => Class::Retry,
+            Self::Io(_) | Self::Refused(Refusal::Epoch { .. }) => Class::Retry,
             _ => Class::Fatal,
         }
     }
@@ -276,11 +276,19 @@ impl Timed<'_> {
     }
 }
 
-fn nonce() -> Result<[u8; NONCE], HelloError> {
-    let mut nonce = [0; NONCE];
-    let filled = SystemRandom::new().fill(&mut nonce);
+fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    let filled = SystemRandom::new().fill(&mut bytes);
     filled.map_err(|_| io::Error::other("no random numbers"))?;
-    Ok(nonce)
+    Ok(bytes)
+}
+
+/// A number that no other process has.
+///
+/// # Errors
+/// When the system has no random numbers.
+pub fn instance() -> io::Result<u64> {
+    random().map(u64::from_le_bytes)
 }
 
 /// The two sides of a proof, which must not be taken for each other.
@@ -327,7 +335,7 @@ fn ask(
     let mut timed = Timed { stream, until };
     let mut said = [0; HELLO];
     said[..HELLO - NONCE].copy_from_slice(&hello.encode());
-    said[HELLO - NONCE..].copy_from_slice(&nonce()?);
+    said[HELLO - NONCE..].copy_from_slice(&random::<NONCE>()?);
     timed.send(&said)?;
     let answer: [u8; NONCE] = timed.receive()?;
     let proof: [u8; PROOF] = timed.receive()?;
@@ -353,7 +361,7 @@ pub(super) fn greet(
     let mut timed = Timed { stream, until };
     let said: [u8; HELLO] = timed.receive()?;
     let hello = Hello::decode(&said).ok_or(HelloError::Protocol)?;
-    let answer = nonce()?;
+    let answer: [u8; NONCE] = random()?;
     let proof = hmac::sign(&secret.0, &transcript(HOST, &said, &answer));
     timed.send(&[&answer[..], proof.as_ref()].concat())?;
     let proof: [u8; PROOF] = timed.receive()?;

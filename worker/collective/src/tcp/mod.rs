@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 pub use door::{Door, Visitors};
-pub use hello::{Hello, HelloError, Purpose, Refusal, Secret, SecretError, dial};
+pub use hello::{Hello, HelloError, Purpose, Refusal, Secret, SecretError, dial, instance};
 pub use payload::Payload;
 pub use seat::{Lobby, Seat};
 
