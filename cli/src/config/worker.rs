@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use shoal_fabric::net::{Limits, ListenConfig};
 use shoal_fabric::telemetry::LogConfig;
 use shoal_worker::{
-    GroupConfig, RankCommand, WorkerConfig, parse_isa, parse_kv_type, parse_prompts,
+    GroupConfig, Others, Payload, RankCommand, RankConfig, RemoteConfig, WorkerConfig, parse_isa,
+    parse_kv_type, parse_payload, parse_prompts,
 };
 
 use super::values::{Size, Time};
@@ -58,7 +59,8 @@ pub(crate) struct WorkerSettings {
     )]
     pub(crate) prompt_precision: Option<String>,
 
-    /// Processes that share the model on this machine, each with a part of it [default: 1]
+    /// Processes that share the model, each with a part of it; on this machine, unless they join
+    /// from others [default: 1]
     #[arg(long, env = "SHOAL_WORKER_TENSOR_PARALLEL", value_name = "N")]
     pub(crate) tensor_parallel: Option<NonZeroUsize>,
 
@@ -66,6 +68,29 @@ pub(crate) struct WorkerSettings {
     /// [default: 2s]
     #[arg(long, env = "SHOAL_WORKER_RANK_TIMEOUT", value_name = "TIME")]
     pub(crate) rank_timeout: Option<Time>,
+
+    /// Address where processes of the group join from other machines, instead of being started
+    /// here; of one that joins, where those of higher ranks reach it [default there: 0.0.0.0:0]
+    #[arg(long, env = "SHOAL_WORKER_RANK_LISTEN", value_name = "ADDRESS")]
+    pub(crate) rank_listen: Option<SocketAddr>,
+
+    /// Join a group as a rank of it: where its rank 0 has --rank-listen. Rank 0 decides all but
+    /// the model's file, the threads and the instruction set
+    #[arg(long, env = "SHOAL_WORKER_JOIN", value_name = "HOST:PORT")]
+    pub(crate) join: Option<String>,
+
+    /// Which rank it joins as, from 1 to N - 1 of --tensor-parallel N
+    #[arg(long, env = "SHOAL_WORKER_RANK", value_name = "RANK")]
+    pub(crate) rank: Option<usize>,
+
+    /// File with the secret of a group between machines, at least 16 bytes, equal on all
+    #[arg(long, env = "SHOAL_WORKER_RANK_SECRET", value_name = "FILE")]
+    pub(crate) rank_secret: Option<PathBuf>,
+
+    /// What machines of a group round the numbers to that they exchange: f32, bf16 or int8
+    /// [default: bf16]
+    #[arg(long, env = "SHOAL_WORKER_RANK_PAYLOAD", value_name = "TYPE")]
+    pub(crate) rank_payload: Option<String>,
 
     /// Threads that compute, in each process [default: an equal share of the CPUs]
     #[arg(long, env = "SHOAL_WORKER_THREADS", value_name = "N")]
@@ -157,6 +182,32 @@ impl Section for WorkerSettings {
 }
 
 impl WorkerSettings {
+    /// The configuration of a rank that joins a group elsewhere and has the file at `model`;
+    /// `None` if this is to be a worker.
+    pub(crate) fn rank_config(&self, model: &Path) -> Result<Option<RankConfig>, ConfigError> {
+        let Some(join) = &self.join else {
+            return Ok(None);
+        };
+        let (Some(world), Some(rank), Some(secret)) =
+            (self.tensor_parallel, self.rank, &self.rank_secret)
+        else {
+            return Err(ConfigError::Incomplete {
+                section: Self::NAME,
+                expected: "tensor_parallel, rank and rank_secret with join",
+            });
+        };
+        Ok(Some(RankConfig {
+            model: model.to_owned(),
+            rank,
+            world: world.get(),
+            join: join.parse()?,
+            listen: self.rank_listen.unwrap_or(([0, 0, 0, 0], 0).into()),
+            secret: secret.clone(),
+            isa: self.isa.as_deref().map(parse_isa).transpose()?,
+            threads: self.threads,
+        }))
+    }
+
     /// The configuration of a worker that serves the file at `model`, and whose other ranks log
     /// as `log` says.
     pub(crate) fn config(
@@ -192,9 +243,25 @@ impl WorkerSettings {
             1 => None,
             ranks => Some(GroupConfig {
                 ranks,
-                command: RankCommand {
-                    program: std::env::current_exe().map_err(ConfigError::Program)?,
-                    arguments: log::arguments("rank", log),
+                others: match (self.rank_listen, self.rank_secret) {
+                    (None, None) => Others::Local(RankCommand {
+                        program: std::env::current_exe().map_err(ConfigError::Program)?,
+                        arguments: log::arguments("rank", log),
+                    }),
+                    (Some(listen), Some(secret)) => Others::Remote(RemoteConfig {
+                        listen,
+                        secret,
+                        payload: match self.rank_payload {
+                            Some(name) => parse_payload(&name)?,
+                            None => Payload::Bf16,
+                        },
+                    }),
+                    _ => {
+                        return Err(ConfigError::Incomplete {
+                            section: Self::NAME,
+                            expected: "rank_listen and rank_secret together",
+                        });
+                    }
                 },
                 patience: time(self.rank_timeout, Duration::from_secs(2)),
             }),

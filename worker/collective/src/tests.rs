@@ -217,13 +217,19 @@ fn a_rank_that_leaves_is_lost_to_who_waits() {
         drop(second);
         first.part(1).unwrap();
         let error = first.exchange().err().unwrap();
-        assert!(matches!(error, CollectiveError::PeerLost { rank: 1 }), "{kind:?}");
+        assert!(
+            matches!(error, CollectiveError::PeerLost { rank: 1 }),
+            "{kind:?}"
+        );
 
         let [first, mut second] = kind.pair(PATIENCE);
         let waiting = thread::spawn(move || second.broadcast(&mut Vec::new()));
         drop(first);
         let error = waiting.join().unwrap().unwrap_err();
-        assert!(matches!(error, CollectiveError::PeerLost { rank: 0 }), "{kind:?}");
+        assert!(
+            matches!(error, CollectiveError::PeerLost { rank: 0 }),
+            "{kind:?}"
+        );
     }
 }
 
@@ -259,7 +265,10 @@ fn a_rank_that_does_not_come_is_late() {
         let [mut first, _second] = kind.pair(Duration::from_millis(5));
         first.part(1).unwrap();
         let error = first.exchange().err().unwrap();
-        assert!(matches!(error, CollectiveError::Timeout { rank: 1, .. }), "{kind:?}");
+        assert!(
+            matches!(error, CollectiveError::Timeout { rank: 1, .. }),
+            "{kind:?}"
+        );
     }
 }
 

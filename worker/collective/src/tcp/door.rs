@@ -28,7 +28,8 @@ pub trait Visitors: Send + Sync {
     /// When it may not; it is told.
     fn admit(&self, hello: &Hello) -> Result<(), Refusal>;
 
-    /// It has come in, from an address.
+    /// It has come in, from an address. This is on the connection's own thread, which ends with
+    /// this.
     fn enter(&self, hello: Hello, peer: SocketAddr, stream: TcpStream);
 
     /// Somebody has not.
@@ -103,21 +104,23 @@ fn receive(
     let place = Place(Arc::clone(crowd));
     let (secret, visitors) = (Arc::clone(secret), Arc::clone(visitors));
     let hear = move || {
-        let _place = place;
         let until = Instant::now() + HELLO;
         let greeted = stream.set_nonblocking(false).map_err(HelloError::from);
         let greeted =
             greeted.and_then(|()| greet(&stream, &secret, until, |hello| visitors.admit(hello)));
+        drop(place);
         match greeted {
             Ok(hello) => visitors.enter(hello, peer, stream),
             Err(error) => visitors.turned_away(peer, &error),
         }
     };
     // Without a thread the connection is closed, and comes again.
-    let _ = std::thread::Builder::new().name("hello".into()).spawn(hear);
+    let _ = std::thread::Builder::new()
+        .name("visitor".into())
+        .spawn(hear);
 }
 
-/// A place in the crowd.
+/// A place in the crowd, until the hello is over.
 struct Place(Arc<AtomicUsize>);
 
 impl Drop for Place {

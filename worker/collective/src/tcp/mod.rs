@@ -267,7 +267,13 @@ impl Collective for Mesh {
         words.clear();
         if let Some(link) = &mut self.links[0] {
             let (_, bytes) = link.take();
-            words.extend(bytes.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word)));
+            words.extend(
+                bytes
+                    .as_chunks()
+                    .0
+                    .iter()
+                    .map(|word| u32::from_le_bytes(*word)),
+            );
         }
         Ok(())
     }

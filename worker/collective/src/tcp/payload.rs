@@ -185,7 +185,10 @@ mod tests {
     fn ties_go_to_even_and_oddities_stay() {
         let x = [1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0, f32::INFINITY, -0.0];
         let rounded = through(Payload::Bf16, &x);
-        assert_eq!(bits(&rounded), bits(&[1.0, 1.0 + 4.0 / 256.0, f32::INFINITY, -0.0]));
+        assert_eq!(
+            bits(&rounded),
+            bits(&[1.0, 1.0 + 4.0 / 256.0, f32::INFINITY, -0.0])
+        );
         assert!(through(Payload::Bf16, &[f32::NAN])[0].is_nan());
         let mut x = [1.0; 40];
         x[3] = f32::NEG_INFINITY;

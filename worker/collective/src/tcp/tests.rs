@@ -125,10 +125,16 @@ fn both_sides_learn_why_one_stays_out() {
         here
     };
     let base = hello();
-    assert_eq!(refused(Hello { world: 3, ..base }), Refusal::World { ours: 2 });
+    assert_eq!(
+        refused(Hello { world: 3, ..base }),
+        Refusal::World { ours: 2 }
+    );
     assert_eq!(refused(Hello { rank: 0, ..base }), Refusal::Rank);
     assert_eq!(refused(Hello { rank: 2, ..base }), Refusal::Rank);
-    assert_eq!(refused(Hello { epoch: 4, ..base }), Refusal::Epoch { ours: 5 });
+    assert_eq!(
+        refused(Hello { epoch: 4, ..base }),
+        Refusal::Epoch { ours: 5 }
+    );
     let purpose = Purpose::Join;
     assert_eq!(refused(Hello { purpose, ..base }), Refusal::Taken);
 
@@ -136,7 +142,10 @@ fn both_sides_learn_why_one_stays_out() {
     let error = dial(door.address(), &base, &other, PATIENCE).unwrap_err();
     assert!(matches!(error, HelloError::Secret), "{error}");
     let event = seen.recv().unwrap();
-    assert!(matches!(event, Event::TurnedAway(HelloError::Refused(Refusal::Secret))));
+    assert!(matches!(
+        event,
+        Event::TurnedAway(HelloError::Refused(Refusal::Secret))
+    ));
 
     // Somebody who speaks another language, and one who is spoken to in it.
     let mut stranger = TcpStream::connect(door.address()).unwrap();
@@ -147,7 +156,10 @@ fn both_sides_learn_why_one_stays_out() {
     let address = listener.local_addr().unwrap();
     let host = thread::spawn(move || listener.accept().unwrap().0.write_all(&[b'x'; 200]));
     let error = dial(address, &base, &secret(), PATIENCE).unwrap_err();
-    assert!(matches!(error, HelloError::Secret | HelloError::Io(_)), "{error}");
+    assert!(
+        matches!(error, HelloError::Secret | HelloError::Io(_)),
+        "{error}"
+    );
     host.join().unwrap().unwrap();
 }
 
@@ -190,7 +202,12 @@ fn ranks_meet_under_each_epoch_anew() {
         let seats: Vec<_> = (0..3).map(|rank| seat(rank, epoch)).collect();
         let meshes = seats.into_iter().map(|seat| seat.join().unwrap().unwrap());
         let meshes: Vec<Mesh> = meshes.collect();
-        assert!(meshes.iter().enumerate().all(|(rank, mesh)| mesh.rank() == rank));
+        assert!(
+            meshes
+                .iter()
+                .enumerate()
+                .all(|(rank, mesh)| mesh.rank() == rank)
+        );
     }
     let error = seat(2, 7).join().unwrap().err().unwrap();
     let stale = CollectiveError::StaleEpoch { ours: 7, theirs: 8 };
@@ -223,14 +240,23 @@ fn frames_that_are_none_of_this_call_are_refused() {
         bytes
     };
     let epoch = told(&bytes(Header { epoch: 2, ..header }));
-    assert!(matches!(epoch, CollectiveError::StaleEpoch { ours: 3, theirs: 2 }));
-    let number = told(&bytes(Header { number: 2, ..header }));
+    assert!(matches!(
+        epoch,
+        CollectiveError::StaleEpoch { ours: 3, theirs: 2 }
+    ));
+    let number = told(&bytes(Header {
+        number: 2,
+        ..header
+    }));
     assert!(matches!(number, CollectiveError::Frame { rank: 1 }));
     let content = Content::Part(Payload::F32);
     let payload = told(&bytes(Header { content, ..header }));
     assert!(matches!(payload, CollectiveError::Frame { rank: 1 }));
     let long = told(&bytes(Header { len: 65, ..header }));
-    assert!(matches!(long, CollectiveError::TooLarge { words: 65, max: 64 }));
+    assert!(matches!(
+        long,
+        CollectiveError::TooLarge { words: 65, max: 64 }
+    ));
     let content = Content::Farewell;
     let blamed = told(&bytes(Header { content, ..header }));
     assert!(matches!(blamed, CollectiveError::PeerLost { rank: 2 }));
@@ -238,7 +264,17 @@ fn frames_that_are_none_of_this_call_are_refused() {
     let mut short = bytes(Header { len: 1, ..header });
     short.extend([0; 2]);
     let mismatch = told(&short);
-    assert!(matches!(mismatch, CollectiveError::Mismatch { rank: 1, got: 1, expected: 2 }));
+    assert!(matches!(
+        mismatch,
+        CollectiveError::Mismatch {
+            rank: 1,
+            got: 1,
+            expected: 2
+        }
+    ));
     // It ends within a frame.
-    assert!(matches!(told(&bytes(header)), CollectiveError::PeerLost { rank: 1 }));
+    assert!(matches!(
+        told(&bytes(header)),
+        CollectiveError::PeerLost { rank: 1 }
+    ));
 }

@@ -283,7 +283,12 @@ impl CpuBackend {
     /// # Errors
     /// When the memory is refused.
     pub fn set_pages(&mut self, pages: u32) -> Result<(), BackendError> {
-        let kv = KvPool::new(self.options.kv, self.heads, self.spec.n_layer, pages as usize);
+        let kv = KvPool::new(
+            self.options.kv,
+            self.heads,
+            self.spec.n_layer,
+            pages as usize,
+        );
         self.kv = kv.map_err(|error| BackendError::Device(Box::new(error)))?;
         self.options.pages = pages;
         Ok(())
