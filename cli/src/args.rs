@@ -77,7 +77,7 @@ Examples:
   shoal worker --model model.gguf --listen 0.0.0.0:9090 --threads 8 --kv-size 2GiB
   shoal worker --membership etcd://etcd-0:2379/production --listen 0.0.0.0:9090 \\
     --advertise gpu-0:9090 --group blue-0")]
-    Worker(WorkerCommand),
+    Worker(Box<WorkerCommand>),
 
     /// Run a rank of a worker's group; its standard input is the line to the worker
     #[command(hide = true)]

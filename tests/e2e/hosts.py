@@ -28,19 +28,19 @@ class Hosts:
                 ip("netns", "add", name)
                 ip("-n", name, "link", "set", "lo", "up")
             self.veth(None, self.front, "10.213.1.1", a, "front", self.FRONT)
-            self.veth(a, "link", self.A, b, "link", self.B)
+            self.veth(a, "cable", self.A, b, "cable", self.B)
         except BaseException:
             self.stop()
             raise
 
     def veth(self, here, name, address, there, other, peer):
         """A cable between two hosts."""
-        ip("link", "add", "shoal-tmp", "type", "veth", "peer", "name", other, "netns", there)
-        ip(*(["link", "set", "shoal-tmp", "name", name] + (["netns", here] if here else [])))
+        inside = ["-n", here] if here else []
+        ip(*inside, "link", "add", name, "type", "veth", "peer", "name", other, "netns", there)
         for host, end, own in ((here, name, address), (there, other, peer)):
             inside = ["-n", host] if host else []
             ip(*inside, "address", "add", f"{own}/24", "dev", end)
-            ip(*inside, "link", "set", end, "up")
+            ip(*inside, "link", "set", "dev", end, "up")
 
     def run(self, host, *arguments):
         """A `shoal` on a host."""
@@ -50,10 +50,10 @@ class Hosts:
 
     def cut(self):
         """Takes the link between the hosts away."""
-        ip("-n", self.names["b"], "link", "set", "link", "down")
+        ip("-n", self.names["b"], "link", "set", "dev", "cable", "down")
 
     def mend(self):
-        ip("-n", self.names["b"], "link", "set", "link", "up")
+        ip("-n", self.names["b"], "link", "set", "dev", "cable", "up")
 
     def stop(self):
         for process in self.running:

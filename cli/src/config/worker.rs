@@ -2,20 +2,16 @@
 
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use shoal_fabric::net::{Limits, ListenConfig};
 use shoal_fabric::telemetry::LogConfig;
-use shoal_worker::{
-    GroupConfig, Others, Payload, RankCommand, RankConfig, RemoteConfig, WorkerConfig, parse_isa,
-    parse_kv_type, parse_payload, parse_prompts,
-};
+use shoal_worker::{WorkerConfig, parse_isa, parse_kv_type, parse_prompts};
 
 use super::values::{Size, Time};
-use super::{ConfigError, Section, log, tls};
+use super::{ConfigError, Section, tls};
 
 /// A worker's settings as flags, variables and the file give them.
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
@@ -182,32 +178,6 @@ impl Section for WorkerSettings {
 }
 
 impl WorkerSettings {
-    /// The configuration of a rank that joins a group elsewhere and has the file at `model`;
-    /// `None` if this is to be a worker.
-    pub(crate) fn rank_config(&self, model: &Path) -> Result<Option<RankConfig>, ConfigError> {
-        let Some(join) = &self.join else {
-            return Ok(None);
-        };
-        let (Some(world), Some(rank), Some(secret)) =
-            (self.tensor_parallel, self.rank, &self.rank_secret)
-        else {
-            return Err(ConfigError::Incomplete {
-                section: Self::NAME,
-                expected: "tensor_parallel, rank and rank_secret with join",
-            });
-        };
-        Ok(Some(RankConfig {
-            model: model.to_owned(),
-            rank,
-            world: world.get(),
-            join: join.parse()?,
-            listen: self.rank_listen.unwrap_or(([0, 0, 0, 0], 0).into()),
-            secret: secret.clone(),
-            isa: self.isa.as_deref().map(parse_isa).transpose()?,
-            threads: self.threads,
-        }))
-    }
-
     /// The configuration of a worker that serves the file at `model`, and whose other ranks log
     /// as `log` says.
     pub(crate) fn config(
@@ -215,6 +185,7 @@ impl WorkerSettings {
         model: PathBuf,
         log: &LogConfig,
     ) -> Result<WorkerConfig, ConfigError> {
+        let tensor_parallel = self.group_config(log)?;
         let listen = ListenConfig {
             address: self.listen.unwrap_or(([127, 0, 0, 1], 9090).into()),
             tls: tls::server("worker", self.tls_cert, self.tls_key, self.tls_client_ca)?,
@@ -237,34 +208,6 @@ impl WorkerSettings {
         let backend = match self.backend {
             Some(name) => name.parse()?,
             None => default.backend,
-        };
-        let ranks = self.tensor_parallel.map_or(1, NonZeroUsize::get);
-        let tensor_parallel = match ranks {
-            1 => None,
-            ranks => Some(GroupConfig {
-                ranks,
-                others: match (self.rank_listen, self.rank_secret) {
-                    (None, None) => Others::Local(RankCommand {
-                        program: std::env::current_exe().map_err(ConfigError::Program)?,
-                        arguments: log::arguments("rank", log),
-                    }),
-                    (Some(listen), Some(secret)) => Others::Remote(RemoteConfig {
-                        listen,
-                        secret,
-                        payload: match self.rank_payload {
-                            Some(name) => parse_payload(&name)?,
-                            None => Payload::Bf16,
-                        },
-                    }),
-                    _ => {
-                        return Err(ConfigError::Incomplete {
-                            section: Self::NAME,
-                            expected: "rank_listen and rank_secret together",
-                        });
-                    }
-                },
-                patience: time(self.rank_timeout, Duration::from_secs(2)),
-            }),
         };
         Ok(WorkerConfig {
             name: self.name,

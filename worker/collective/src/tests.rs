@@ -204,7 +204,6 @@ fn large_frames_pass_each_other() {
             for (part, is) in parts.iter().zip([1.0, 2.0]) {
                 assert!(part.len() == len && part.iter().all(|&x| x == is));
             }
-            drop(parts);
             group.broadcast(&mut vec![7; len]).unwrap();
         });
     }

@@ -1,5 +1,6 @@
 //! Where ranks elsewhere come to rank 0, and the lines to those that have come.
 
+use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -127,14 +128,14 @@ impl House {
     }
 
     /// Tells a rank its part, and hears what it says until its line ends.
-    fn listen(&self, stream: &Arc<TcpStream>, rank: usize) {
+    fn listen(&self, stream: &Arc<TcpStream>, rank: usize) -> io::Result<()> {
         let part = Part {
             rank,
             ..self.part.clone()
         };
-        let mut told = send(stream, &Order::Load(part));
-        while told.is_ok() {
-            told = receive(stream).map(|report| match report {
+        send(stream, &Order::Load(part))?;
+        while let Some(report) = receive(stream)? {
+            match report {
                 Report::Loaded { numerics_id } => {
                     if let Some(line) = &mut self.lock()[rank - 1]
                         && Arc::ptr_eq(&line.stream, stream)
@@ -147,8 +148,9 @@ impl House {
                     let error = GroupError::Load { rank, message };
                     tracing::error!("{error}");
                 }
-            });
+            }
         }
+        Ok(())
     }
 }
 
@@ -188,9 +190,11 @@ impl Visitors for House {
             numerics_id: None,
             met: false,
         });
-        self.listen(&stream, rank);
+        match self.listen(&stream, rank) {
+            Ok(()) => tracing::warn!(rank, %peer, "a rank has left"),
+            Err(error) => tracing::warn!(rank, %peer, %error, "the line to a rank has broken"),
+        }
         self.lock()[rank - 1].take_if(|line| Arc::ptr_eq(&line.stream, &stream));
-        tracing::warn!(rank, %peer, "a rank has left");
         self.news.notify_all();
         self.watch.deaths.send_modify(|deaths| *deaths += 1);
     }

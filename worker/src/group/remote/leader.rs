@@ -1,12 +1,13 @@
 //! Rank 0's view of a group of ranks elsewhere: waits for them, and calls them to meet.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use shoal_collective::tcp::{Door, Mesh, Payload, Seat, Secret, Terms, instance};
 use shoal_collective::{CollectiveError, Pace};
+use shoal_fabric::backoff::Backoff;
 
 use super::house::House;
 use super::line::Order;
@@ -15,8 +16,11 @@ use crate::epoch;
 use crate::group::line::Part;
 use crate::group::{Formed, GroupError, Lead, Watch};
 
-/// How long it waits for ranks at one time, and before ranks that did not meet are called again.
+/// How long it waits for ranks at one time.
 const MOMENT: Duration = Duration::from_millis(50);
+/// Before ranks that did not meet are called again.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// See the [module](self).
 pub(in crate::group) struct Leader {
@@ -32,6 +36,7 @@ pub(in crate::group) struct Leader {
     epoch: u64,
     /// The ranks that the log says are missing.
     told: Vec<usize>,
+    pauses: Backoff,
     watch: Arc<Watch>,
 }
 
@@ -61,6 +66,7 @@ impl Leader {
             numerics_id: [0; 32],
             epoch: 0,
             told: Vec::new(),
+            pauses: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
             watch,
         })
     }
@@ -120,7 +126,6 @@ impl Lead for Leader {
             }
             return Ok(None);
         }
-        self.told.clear();
         let started = Instant::now();
         let (seat, pace, ranks) = match self.meet(words) {
             Ok(met) => met,
@@ -134,10 +139,13 @@ impl Lead for Leader {
                     error = &error as &dyn std::error::Error,
                     "the ranks did not meet"
                 );
-                std::thread::sleep(MOMENT);
+                std::thread::sleep(self.pauses.pause());
                 return Ok(None);
             }
         };
+        self.told.clear();
+        self.pauses.reset();
+        let ranks: Vec<IpAddr> = ranks.iter().map(SocketAddr::ip).collect();
         tracing::info!(
             world = self.world,
             epoch = self.epoch,

@@ -43,9 +43,12 @@ pub(super) fn send<T: Serialize>(mut line: &TcpStream, message: &T) -> io::Resul
     line.write_all(&frame)
 }
 
-/// Waits for a message; an error at the end of the line.
-pub(super) fn receive<T: DeserializeOwned>(mut line: &TcpStream) -> io::Result<T> {
+/// Waits for a message; `None` at the end of the line.
+pub(super) fn receive<T: DeserializeOwned>(mut line: &TcpStream) -> io::Result<Option<T>> {
     let mut length = [0; 4];
+    if line.peek(&mut length)? == 0 {
+        return Ok(None);
+    }
     line.read_exact(&mut length)?;
     let length = u32::from_le_bytes(length) as usize;
     if length > MAX_MESSAGE {
@@ -53,5 +56,5 @@ pub(super) fn receive<T: DeserializeOwned>(mut line: &TcpStream) -> io::Result<T
     }
     let mut message = vec![0; length];
     line.read_exact(&mut message)?;
-    Ok(serde_json::from_slice(&message)?)
+    Ok(Some(serde_json::from_slice(&message)?))
 }

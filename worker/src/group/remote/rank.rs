@@ -1,6 +1,7 @@
 //! The life of a rank on a machine of its own: it comes to rank 0, loads the part that it is told,
 //! and follows; it comes again whenever its line has ended, with the weights that it has.
 
+use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -125,8 +126,10 @@ impl Rank {
                     tracing::info!(rank_0 = %self.config.join, "rank 0 is there");
                     told = false;
                     pauses.reset();
-                    let ended = self.obey(&line)?;
-                    tracing::warn!(error = %ended, "the line to rank 0 has ended");
+                    match self.obey(&line)? {
+                        Ok(()) => tracing::warn!("rank 0 has left"),
+                        Err(error) => tracing::warn!(%error, "the line to rank 0 has broken"),
+                    }
                 }
                 Err(error) if error.class() == Class::Retry => {
                     if !std::mem::replace(&mut told, true) {
@@ -143,15 +146,19 @@ impl Rank {
         }
     }
 
-    /// Does what rank 0 says until the line ends; why it did.
-    fn obey(&mut self, line: &TcpStream) -> Result<std::io::Error, WorkerError> {
+    /// Does what rank 0 says until the line ends; whether that was as it should.
+    fn obey(&mut self, line: &TcpStream) -> Result<io::Result<()>, WorkerError> {
         loop {
             let order = match receive(line) {
-                Ok(order) => order,
-                Err(ended) => return Ok(ended),
+                Ok(Some(order)) => order,
+                ended => return Ok(ended.map(|_| ())),
             };
-            let reported = match order {
-                Order::Load(part) => self.load(part, line)?,
+            match order {
+                Order::Load(part) => {
+                    if let Err(broken) = self.load(part, line)? {
+                        return Ok(Err(broken));
+                    }
+                }
                 Order::Meet {
                     epoch,
                     patience_ms,
@@ -160,21 +167,17 @@ impl Rank {
                 } => {
                     let patience = Duration::from_millis(patience_ms);
                     self.meet(line, epoch, patience, words, below)?;
-                    Ok(())
                 }
                 Order::Differs => {
                     let rank = self.config.rank;
                     return Err(GroupError::Different { rank }.into());
                 }
-            };
-            if let Err(ended) = reported {
-                return Ok(ended);
             }
         }
     }
 
     /// Loads a part, or keeps what is one but for its pages; whether rank 0 could be told.
-    fn load(&mut self, part: Part, line: &TcpStream) -> Result<std::io::Result<()>, WorkerError> {
+    fn load(&mut self, part: Part, line: &TcpStream) -> Result<io::Result<()>, WorkerError> {
         let isa = self.config.isa.unwrap_or_else(Isa::detect);
         let part = Part {
             model: self.config.model.clone(),
@@ -252,7 +255,7 @@ impl Rank {
             // Rank 0 calls for another meeting, or the line ends.
             Err(BackendError::Group(error)) => {
                 let error = &error as &dyn std::error::Error;
-                tracing::info!(error, epoch, "the group has ended");
+                tracing::warn!(error, epoch, "the group has ended");
                 Ok(())
             }
             Err(error) => Err(GroupError::Step(error).into()),
