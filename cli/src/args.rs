@@ -76,7 +76,11 @@ Examples:
   shoal worker
   shoal worker --model model.gguf --listen 0.0.0.0:9090 --threads 8 --kv-size 2GiB
   shoal worker --membership etcd://etcd-0:2379/production --listen 0.0.0.0:9090 \\
-    --advertise gpu-0:9090 --group blue-0")]
+    --advertise gpu-0:9090 --group blue-0
+
+One model on two machines:
+  shoal worker --tensor-parallel 2 --rank-listen 0.0.0.0:7000 --rank-secret secret
+  shoal worker --tensor-parallel 2 --rank 1 --join gpu-0:7000 --rank-secret secret")]
     Worker(Box<WorkerCommand>),
 
     /// Run a rank of a worker's group; its standard input is the line to the worker

@@ -305,6 +305,12 @@ impl WorkerConfig {
         }
     }
 
+    /// Machines whose memory the model shares.
+    pub(crate) fn machines(&self) -> usize {
+        let ranks = self.tensor_parallel.as_ref().map_or(1, |group| group.ranks);
+        ranks / self.ranks_here()
+    }
+
     /// The instruction set of the `cpu` backend, and how it computes prompts.
     pub(crate) fn kernels(&self) -> (Isa, PromptPrecision) {
         let isa = self.isa.unwrap_or_else(Isa::detect);

@@ -181,7 +181,8 @@ pub(crate) fn rank_of(gguf: &Gguf, spec: ModelSpec, part: &Part) -> Result<CpuBa
     )?)
 }
 
-/// Pages of the KV pool, after a check that they and the weights fit.
+/// Pages of the KV pool, after a check that they and the weights fit; between machines, this
+/// one's equal share of both.
 fn pages(
     config: &WorkerConfig,
     spec: &ModelSpec,
@@ -194,7 +195,7 @@ fn pages(
     let kv = config
         .kv_bytes
         .unwrap_or_else(|| (available / 4).min(MOST_KV).max(context.min(MOST_KV)));
-    let needed = weights.saturating_add(kv);
+    let needed = weights.saturating_add(kv) / config.machines() as u64;
     if needed > available {
         return Err(LoadError::Backend(BackendError::OutOfMemory {
             what: "weights and KV pages",

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use shoal_collective::tcp::{HelloError, Refusal};
+use shoal_engine::backend::BackendError;
 use shoal_fabric::shutdown::Shutdown;
 use shoal_gguf::{
     GgmlType,
@@ -13,8 +14,8 @@ use tempfile::TempDir;
 
 use super::rig::{self, Rig, in_time, submit};
 use crate::{
-    ConfigError, GroupConfig, GroupError, Others, Payload, RankConfig, RemoteConfig, WorkerConfig,
-    WorkerError, join_group,
+    ConfigError, GroupConfig, GroupError, LoadError, Others, Payload, RankConfig, RemoteConfig,
+    WorkerConfig, WorkerError, join_group, load,
 };
 
 fn small(seed: u64) -> Vec<u8> {
@@ -138,6 +139,20 @@ async fn ranks_that_belong_come_in_and_others_learn_why_not() {
     rig.end().await.unwrap();
     stay.start();
     in_time(rank).await.unwrap().unwrap();
+}
+
+#[test]
+fn a_machine_needs_memory_for_its_share() {
+    let group = Group::new();
+    let needed = |config: &WorkerConfig| match load::within(Some(1), config).err() {
+        Some(LoadError::Backend(BackendError::OutOfMemory { needed, .. })) => needed,
+        _ => panic!("a byte is not enough"),
+    };
+    let alone = WorkerConfig {
+        tensor_parallel: None,
+        ..group.worker()
+    };
+    assert_eq!(needed(&group.worker()), needed(&alone) / 2);
 }
 
 #[tokio::test]

@@ -14,11 +14,8 @@ use super::hello::{Hello, HelloError, Refusal, Secret, greet};
 const HELLO: Duration = Duration::from_secs(5);
 /// Most that say hello at one time.
 const CROWD: usize = 64;
-/// Between looks whether the door is still open.
-const LOOK: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 100_000_000,
-};
+/// Between looks whether the door is still open, and after a failure.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// Whom a door lets in, and where to.
 pub trait Visitors: Send + Sync {
@@ -64,13 +61,16 @@ impl Door {
             .name("door".into())
             .spawn(move || {
                 let crowd = Arc::new(AtomicUsize::new(0));
+                let look = Timespec::try_from(LOOK).ok();
                 while open.load(Ordering::Acquire) {
                     let mut ready = [PollFd::new(&listener, PollFlags::IN)];
                     // Woken, late or interrupted: it looks in any case.
-                    let _ = poll(&mut ready, Some(&LOOK));
-                    // An error is of one connection, or passes; the wait above paces the rest.
-                    if let Ok((stream, peer)) = listener.accept() {
-                        receive(stream, peer, &secret, &visitors, &crowd);
+                    let _ = poll(&mut ready, look.as_ref());
+                    match listener.accept() {
+                        Ok((stream, peer)) => receive(stream, peer, &secret, &visitors, &crowd),
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                        // Of one connection, or for want of descriptors.
+                        Err(_) => std::thread::sleep(LOOK),
                     }
                 }
             })?;

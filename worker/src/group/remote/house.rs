@@ -23,6 +23,8 @@ struct Line {
     address: SocketAddr,
     /// What it said of its part, once it did.
     numerics_id: Option<[u8; 32]>,
+    /// The latest formation that it knows.
+    epoch: u64,
     /// It was called to the meeting that holds.
     met: bool,
 }
@@ -110,6 +112,13 @@ impl House {
         addresses
     }
 
+    /// The latest formation that any rank knows: an earlier rank 0 may have had another clock.
+    pub(super) fn epoch(&self) -> u64 {
+        let lines = self.lock();
+        let epochs = lines.iter().flatten().map(|line| line.epoch);
+        epochs.max().unwrap_or(0)
+    }
+
     /// The first rank that was at the last meeting and is no longer here.
     pub(super) fn gone(&self) -> Option<usize> {
         let lines = self.lock();
@@ -188,6 +197,7 @@ impl Visitors for House {
             instance: hello.instance,
             address: SocketAddr::new(peer.ip(), hello.port),
             numerics_id: None,
+            epoch: hello.epoch,
             met: false,
         });
         match self.listen(&stream, rank) {

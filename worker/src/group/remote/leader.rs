@@ -72,7 +72,8 @@ impl Leader {
     }
 
     fn meet(&mut self, words: usize) -> Result<(Mesh, Pace, Vec<SocketAddr>), CollectiveError> {
-        self.epoch = (self.epoch + 1).max(epoch::now());
+        let latest = self.epoch.max(self.house.epoch());
+        self.epoch = (latest + 1).max(epoch::now());
         let (epoch, patience) = (self.epoch, self.patience);
         // None is refused that is called.
         self.house.lobby.expect(epoch);

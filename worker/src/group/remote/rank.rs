@@ -82,6 +82,8 @@ struct Rank {
     /// The last rank needs none.
     door: Option<Door>,
     instance: u64,
+    /// The latest formation that it was called to.
+    epoch: u64,
     /// What it has loaded.
     loaded: Option<(Part, CpuBackend)>,
 }
@@ -103,6 +105,7 @@ impl Rank {
             hall,
             instance: instance().map_err(GroupError::Line)?,
             config,
+            epoch: 0,
             loaded: None,
         })
     }
@@ -121,6 +124,10 @@ impl Rank {
         let (host, mut pauses) = (host.to_owned(), Backoff::new(FIRST_PAUSE, LONGEST_PAUSE));
         let mut told = false;
         loop {
+            let hello = Hello {
+                epoch: self.epoch,
+                ..hello
+            };
             match dial((host.as_str(), port), &hello, &self.secret, DIAL) {
                 Ok(line) => {
                     tracing::info!(rank_0 = %self.config.join, "rank 0 is there");
@@ -231,6 +238,7 @@ impl Rank {
         let Some((part, backend)) = &mut self.loaded else {
             return Err(GroupError::Order.into());
         };
+        self.epoch = epoch;
         let payload = parse_payload(&part.payload)?;
         // Rank 0 is where its line comes from.
         let first = line.peer_addr().map_err(GroupError::Line)?;
