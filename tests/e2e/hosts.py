@@ -1,5 +1,6 @@
 """Hosts of a cluster, as network namespaces of this machine."""
 
+import contextlib
 import os
 import subprocess
 import threading
@@ -87,8 +88,15 @@ class Process:
         """How many of its lines have the text."""
         return sum(text in line for line in self.lines)
 
-    def wait_for(self, text, times=1, seconds=30):
-        wait_until(lambda: self.says(text) >= times, seconds, f"{text!r} in {''.join(self.lines)!r}")
+    def wait_for(self, text, seconds=30):
+        wait_until(lambda: self.says(text) > 0, seconds, f"{text!r}")
+
+    @contextlib.contextmanager
+    def saying(self, text, seconds=30):
+        """Waits at the end until it has said the text once more than before."""
+        before = self.says(text)
+        yield
+        wait_until(lambda: self.says(text) > before, seconds, f"{text!r} after {''.join(self.lines[-20:])}")
 
     def signal(self, number):
         self.process.send_signal(number)

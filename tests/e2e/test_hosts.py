@@ -50,7 +50,7 @@ class Site:
     def lead(self):
         return self.hosts.run(
             "a", "worker", "--tensor-parallel", 2, "--rank-listen", RANKS, "--rank-secret", self.secret,
-            "--rank-payload", "f32", "--rank-timeout", "1s", "--listen", WIDE, *SMALL,
+            "--rank-payload", "f32", "--listen", WIDE, *SMALL,
         )
 
     def join(self, rank=1, world=2, secret=None, *arguments):
@@ -59,10 +59,22 @@ class Site:
             "--rank-secret", secret or self.secret, "--threads", 1, *arguments,
         )
 
-    def whole(self, times):
-        """Waits until the group has met so often."""
-        self.rank_0.wait_for("the group is whole", times)
-        wait_until(lambda: ready(WIDE), 10, "the group")
+    def streams_over(self, fault, streams=4):
+        """Streams that begin at the group between the hosts, and may go on at the other."""
+
+        def after_undrain():
+            self.operate("undrain", LOCAL)
+            fault()
+
+        self.operate("drain", LOCAL)
+        streams_over(self.both, after_undrain, streams)
+
+    def operate(self, *arguments):
+        subprocess.run([BINARY, *arguments, "--url", self.both.url], check=True, capture_output=True)
+
+    def whole(self):
+        """Waits until the group serves."""
+        wait_until(lambda: ready(WIDE), 30, "the group")
 
 
 class Router:
@@ -107,48 +119,49 @@ def test_two_hosts_give_the_tokens_of_one(site):
 
 
 def test_streams_go_on_when_a_rank_elsewhere_is_killed_and_one_comes_again(site):
-    met = site.rank_0.says("the group is whole")
-    streams_over(site.both, site.rank_1.kill, streams=4)
-    site.rank_0.wait_for("waiting for ranks")
+    with site.rank_0.saying("waiting for ranks"):
+        site.streams_over(site.rank_1.kill)
     assert not ready(WIDE) and ready(LOCAL)
     wait_until(lambda: site.both.states()[WIDE] == "starting", 10, "what the router sees")
-    site.rank_1 = site.join()
-    site.whole(met + 1)
+    with site.rank_0.saying("the group is whole"):
+        site.rank_1 = site.join()
+    site.whole()
     streams_over(site.routers[WIDE], lambda: None, streams=2)
 
 
 def test_streams_go_on_when_the_link_is_cut_and_the_rank_comes_again(site):
-    met, kept = site.rank_0.says("the group is whole"), site.rank_1.says("the weights are here already")
-    try:
-        streams_over(site.both, site.hosts.cut, streams=4)
-        site.rank_0.wait_for("waiting for ranks", 2)
-        assert not ready(WIDE)
-    finally:
+    with site.rank_0.saying("waiting for ranks"):
+        site.streams_over(site.hosts.cut)
+    assert not ready(WIDE)
+    with site.rank_0.saying("the group is whole"), site.rank_1.saying("the weights are here already"):
         site.hosts.mend()
-    site.whole(met + 1)
-    assert site.rank_1.says("the weights are here already") == kept + 1
+    site.whole()
     streams_over(site.routers[WIDE], lambda: None, streams=2)
 
 
-def test_a_link_that_is_cut_while_nobody_asks_is_noticed(site):
-    met = site.rank_0.says("the group is whole")
-    site.hosts.cut()
-    try:
-        wait_until(lambda: not ready(WIDE), 20, "the loss")
-        # The rank sees it, too, and does not wait for ever.
-        site.rank_1.wait_for("cannot be reached")
-    finally:
+def test_streams_go_on_when_a_rank_elsewhere_hangs(site):
+    with site.rank_0.saying("waiting for ranks"):
+        site.streams_over(lambda: site.rank_1.signal(signal.SIGSTOP), streams=2)
+    with site.rank_0.saying("the group is whole"), site.rank_1.saying("the weights are here already"):
+        site.rank_1.signal(signal.SIGCONT)
+    site.whole()
+
+
+def test_a_link_that_is_cut_while_nobody_asks_is_noticed_at_both_ends(site):
+    with site.rank_0.saying("waiting for ranks"), site.rank_1.saying("cannot be reached"):
+        site.hosts.cut()
+    assert not ready(WIDE)
+    with site.rank_0.saying("the group is whole"):
         site.hosts.mend()
-    site.whole(met + 1)
+    site.whole()
     assert ask(site.routers[WIDE], 1).usage.completion_tokens == 200
 
 
 def test_ranks_keep_their_weights_when_rank_0_dies(site):
-    kept = site.rank_1.says("the weights are here already")
-    streams_over(site.both, site.rank_0.kill, streams=4)
-    site.rank_0 = site.lead()
-    site.whole(1)
-    assert site.rank_1.says("the weights are here already") == kept + 1
+    with site.rank_1.saying("the weights are here already"):
+        site.streams_over(site.rank_0.kill)
+        site.rank_0 = site.lead()
+    site.whole()
     assert ask(site.routers[WIDE], 1).usage.completion_tokens == 200
 
 
@@ -165,15 +178,14 @@ def test_who_does_not_belong_is_told_so_and_so_is_rank_0(site, tmp_path):
         assert stranger.end() == 1
         assert stranger.says(theirs), stranger.lines
         site.rank_0.wait_for(ours)
-    site.rank_1.kill()
-    site.rank_0.wait_for("waiting for ranks")
+    with site.rank_0.saying("waiting for ranks"):
+        site.rank_1.kill()
     stranger = site.join(1, 2, None, "--model", other)
     assert stranger.end() == 1
     assert stranger.says("other weights or another version"), stranger.lines
     site.rank_0.wait_for("other weights or another version")
-    met = site.rank_0.says("the group is whole")
     site.rank_1 = site.join()
-    site.whole(met + 1)
+    site.whole()
 
 
 def test_rank_0_drains_and_ends_with_its_ranks_there_or_not(site):
@@ -184,13 +196,13 @@ def test_rank_0_drains_and_ends_with_its_ranks_there_or_not(site):
         if i == 5:
             site.rank_0.signal(signal.SIGTERM)
     assert text == undisturbed
-    assert site.rank_0.end() == 0
-    site.rank_1.wait_for("cannot be reached")
+    with site.rank_1.saying("cannot be reached"):
+        assert site.rank_0.end() == 0
     site.rank_0 = site.lead()
-    site.whole(1)
-    site.rank_1.signal(signal.SIGTERM)
-    assert site.rank_1.end() == 0
-    site.rank_0.wait_for("waiting for ranks")
+    site.whole()
+    with site.rank_0.saying("waiting for ranks"):
+        site.rank_1.signal(signal.SIGTERM)
+        assert site.rank_1.end() == 0
     started = time.monotonic()
     site.rank_0.signal(signal.SIGTERM)
     assert site.rank_0.end() == 0

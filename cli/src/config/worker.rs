@@ -60,8 +60,8 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_WORKER_TENSOR_PARALLEL", value_name = "N")]
     pub(crate) tensor_parallel: Option<NonZeroUsize>,
 
-    /// How long a process of the group may keep the others waiting before it is started again
-    /// [default: 2s]
+    /// How long a process of the group may keep the others waiting before it counts as hung and is
+    /// started again, or awaited from another machine [default: 2s]
     #[arg(long, env = "SHOAL_WORKER_RANK_TIMEOUT", value_name = "TIME")]
     pub(crate) rank_timeout: Option<Time>,
 
