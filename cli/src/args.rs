@@ -68,7 +68,7 @@ Examples:
   shoal router --workers 127.0.0.1:9090
   shoal router --workers gpu-0:9090,gpu-1:9090 --listen 0.0.0.0:8080 --api-keys keys.toml
   shoal router --membership etcd://etcd-0:2379,etcd-1:2379/production")]
-    Router(RouterCommand),
+    Router(Box<RouterCommand>),
 
     /// Run a worker: the engine of one model
     #[command(after_help = "\

@@ -70,12 +70,12 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_WORKER_RANK_LISTEN", value_name = "ADDRESS")]
     pub(crate) rank_listen: Option<SocketAddr>,
 
-    /// Join a group as a rank of it: where its rank 0 has --rank-listen. Rank 0 decides all but
+    /// Join a group as a rank of it: where its rank 0 listens for ranks. Rank 0 decides all but
     /// the model's file, the threads and the instruction set
     #[arg(long, env = "SHOAL_WORKER_JOIN", value_name = "HOST:PORT")]
     pub(crate) join: Option<String>,
 
-    /// Which rank it joins as, from 1 to N - 1 of --tensor-parallel N
+    /// Which rank it joins as, from 1 to the number of processes less 1
     #[arg(long, env = "SHOAL_WORKER_RANK", value_name = "RANK")]
     pub(crate) rank: Option<usize>,
 
