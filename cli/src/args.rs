@@ -68,7 +68,7 @@ Examples:
   shoal router --workers 127.0.0.1:9090
   shoal router --workers gpu-0:9090,gpu-1:9090 --listen 0.0.0.0:8080 --api-keys keys.toml
   shoal router --membership etcd://etcd-0:2379,etcd-1:2379/production")]
-    Router(RouterCommand),
+    Router(Box<RouterCommand>),
 
     /// Run a worker: the engine of one model
     #[command(after_help = "\
@@ -76,8 +76,12 @@ Examples:
   shoal worker
   shoal worker --model model.gguf --listen 0.0.0.0:9090 --threads 8 --kv-size 2GiB
   shoal worker --membership etcd://etcd-0:2379/production --listen 0.0.0.0:9090 \\
-    --advertise gpu-0:9090 --group blue-0")]
-    Worker(WorkerCommand),
+    --advertise gpu-0:9090 --group blue-0
+
+One model on two machines:
+  shoal worker --tensor-parallel 2 --rank-listen 0.0.0.0:7000 --rank-secret secret
+  shoal worker --tensor-parallel 2 --rank 1 --join gpu-0:7000 --rank-secret secret")]
+    Worker(Box<WorkerCommand>),
 
     /// Run a rank of a worker's group; its standard input is the line to the worker
     #[command(hide = true)]

@@ -48,6 +48,9 @@ pub(crate) async fn worker(
             None => ModelSource::default(),
         };
         let path = tokio::task::spawn_blocking(move || store.resolve(&source)).await??;
+        if let Some(config) = settings.rank_config(&path)? {
+            return Ok(shoal_worker::join_group(config, shutdown.clone()).await?);
+        }
         let mut config = settings.config(path, &log)?;
         let (listen, advertised) = (config.listen.address, config.advertise.is_some());
         if let Some(membership) = membership.start("worker", listen, advertised)? {

@@ -26,7 +26,7 @@ impl Setting {
     /// Three different values, as text and as TOML.
     fn values(&self) -> [String; 3] {
         let values = match self.key().as_str() {
-            "listen" => ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"],
+            "listen" | "rank_listen" => ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"],
             "prefix_cache" => ["true", "false", "true"],
             "request_timeout" | "resume_window" | "worker_silence" | "worker_stall"
             | "itl_target" | "priority_aging" | "drain" | "drain_timeout" | "ttl"
@@ -41,7 +41,9 @@ impl Setting {
             "workers" => format!("['{value}']"),
             "prefix_cache" | "max_running" | "max_waiting" | "max_body_bytes"
             | "default_max_tokens" | "threads" | "context" | "step_rows" | "prefill_chunk"
-            | "max_sessions" | "replicas" | "tensor_parallel" | "corpus_users" => value.to_owned(),
+            | "max_sessions" | "replicas" | "tensor_parallel" | "rank" | "corpus_users" => {
+                value.to_owned()
+            }
             _ => format!("'{value}'"),
         }
     }
@@ -113,7 +115,7 @@ async fn every_setting_has_three_forms_and_the_nearest_wins() {
     for (command, section, least) in [
         ("up", "up", 4),
         ("router", "router", 16),
-        ("worker", "worker", 20),
+        ("worker", "worker", 30),
         ("router", "membership", 8),
         ("worker", "membership", 8),
     ] {

@@ -4,7 +4,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use shoal_collective::Collective;
 use shoal_collective::shm::Ring;
+use shoal_collective::tcp::{Mesh, Payload, Terms};
 use shoal_engine::backend::{Backend, BackendError, Batch, NumericsId};
 use shoal_engine::candle::{CandleBackend, CandleOptions, CandleWeights};
 use shoal_engine::cpu::{CpuBackend, CpuOptions, PromptPrecision, ShardPlan};
@@ -98,6 +100,28 @@ pub fn options(isa: Isa, threads: usize) -> CpuOptions {
 /// Longer than a busy machine holds a thread up.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Takes a seat in a group.
+type Join = Box<dyn FnOnce() -> Box<dyn Collective> + Send>;
+
+fn in_memory(world: usize, words: usize) -> Vec<Join> {
+    let seats = Ring::threads(world, words, PATIENCE).expect("memory");
+    let boxed =
+        seats.map(|join| -> Join { Box::new(move || Box::new(join().expect("all ranks come"))) });
+    boxed.collect()
+}
+
+fn on_sockets(world: usize, words: usize, payload: Payload) -> Vec<Join> {
+    let terms = Terms {
+        epoch: 1,
+        payload,
+        words,
+        patience: PATIENCE,
+    };
+    let seats = Mesh::threads(world, terms).expect("sockets");
+    let boxed = seats.map(|mesh| -> Join { Box::new(move || Box::new(mesh)) });
+    boxed.collect()
+}
+
 /// Rank 0 of a tensor-parallel group whose other ranks are threads. It checks after every step
 /// that all ranks have the same residual.
 pub struct CpuGroup {
@@ -107,26 +131,43 @@ pub struct CpuGroup {
 }
 
 impl CpuGroup {
-    /// A group of `world` ranks.
+    /// A group of `world` ranks in shared memory.
     ///
     /// # Panics
     /// If the model does not load or cannot be split so.
     pub fn new(gguf: &Gguf, world: usize, options: &CpuOptions) -> Self {
+        Self::with(gguf, world, options, None)
+    }
+
+    /// A group of `world` ranks that round the parts of sums to `payload` and send them over TCP.
+    ///
+    /// # Panics
+    /// If the model does not load or cannot be split so.
+    pub fn over_tcp(gguf: &Gguf, world: usize, options: &CpuOptions, payload: Payload) -> Self {
+        Self::with(gguf, world, options, Some(payload))
+    }
+
+    fn with(gguf: &Gguf, world: usize, options: &CpuOptions, tcp: Option<Payload>) -> Self {
         let spec = ModelSpec::from_gguf(gguf).expect("the model is supported");
         let plan = ShardPlan::new(&spec, world).expect("so many ranks");
+        let plan = plan.with_payload(tcp.unwrap_or_default());
         let load = |rank| {
             CpuBackend::load_rank(gguf, spec.clone(), options.clone(), plan.clone(), rank)
                 .expect("the model loads")
         };
         let mut first = load(0);
-        let mut seats = Ring::threads(world, first.frame_words(), PATIENCE).expect("memory");
+        let words = first.frame_words();
+        let mut seats = match tcp {
+            None => in_memory(world, words),
+            Some(payload) => on_sockets(world, words, payload),
+        }
+        .into_iter();
         let join = seats.next().expect("a seat");
         let (sender, residuals) = channel();
         let others = (1..).zip(seats).map(|(rank, join)| {
             let (mut backend, sender) = (load(rank), sender.clone());
             std::thread::spawn(move || {
-                let seat = join().expect("all ranks come");
-                backend.join(Box::new(seat)).expect("its seat");
+                backend.join(join()).expect("its seat");
                 while backend.follow().is_ok() {
                     // The test may have ended.
                     let _ = sender.send(backend.residual().to_vec());
@@ -134,8 +175,7 @@ impl CpuGroup {
             })
         });
         let others = others.collect();
-        let seat = join().expect("all ranks come");
-        first.join(Box::new(seat)).expect("its seat");
+        first.join(join()).expect("its seat");
         Self {
             first: Some(first),
             residuals,

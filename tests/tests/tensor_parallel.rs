@@ -1,6 +1,7 @@
 //! Tensor-parallel groups: what the ranks compute together is what one computes alone, but for
 //! the order of sums, and every rank has the same bits.
 
+use shoal_collective::tcp::Payload;
 use shoal_core::{Role, TokenId};
 use shoal_engine::backend::Backend;
 use shoal_engine::candle::CandleWeights;
@@ -84,18 +85,59 @@ fn clear_choices_are_those_of_one_process() {
 fn batches_chunks_and_threads_change_no_bit_of_a_group() {
     let gguf = demo_gguf();
     let tokens: Vec<TokenId> = (0..150).map(|t| 61 * t + 5).collect();
-    let run = |group: &mut CpuGroup, chunk: usize| {
-        let mut sequence = Sequence::scattered(group);
-        tokens
-            .chunks(chunk)
-            .flat_map(|part| append(group, &mut sequence, part, Role::Prompt).unwrap())
-            .collect::<Vec<f32>>()
-    };
+    let run = |group: &mut CpuGroup, chunk: usize| logits(group, &tokens, chunk);
     for world in [2, 3] {
         let mut group_of_one = group(&gguf, world, 1);
         let whole = run(&mut group_of_one, 150);
         assert!(run(&mut group_of_one, 7) == whole, "chunks");
         assert!(run(&mut group(&gguf, world, 2), 64) == whole, "threads");
+    }
+}
+
+/// Logits of a prompt of `tokens`, in chunks.
+fn logits(group: &mut CpuGroup, tokens: &[TokenId], chunk: usize) -> Vec<f32> {
+    let mut sequence = Sequence::scattered(group);
+    let chunks = tokens.chunks(chunk);
+    chunks
+        .flat_map(|part| append(group, &mut sequence, part, Role::Prompt).unwrap())
+        .collect()
+}
+
+#[test]
+fn over_tcp_floats_give_the_bits_of_shared_memory() {
+    let gguf = demo_gguf();
+    let tokens: Vec<TokenId> = (0..70).map(|t| 61 * t + 5).collect();
+    for world in [2, 3] {
+        let options = options(Isa::detect(), 1);
+        let mut memory = CpuGroup::new(&gguf, world, &options);
+        let mut tcp = CpuGroup::over_tcp(&gguf, world, &options, Payload::F32);
+        assert_eq!(tcp.numerics_id(), memory.numerics_id());
+        let bits = |logits: Vec<f32>| logits.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let expected = bits(logits(&mut memory, &tokens, 64));
+        assert!(
+            bits(logits(&mut tcp, &tokens, 23)) == expected,
+            "{world} ranks"
+        );
+    }
+}
+
+/// Every step checks that all ranks have the same residual, which they have of rounded parts.
+#[test]
+fn rounded_payloads_stay_near_float32_and_obey_the_same_law() {
+    let gguf = demo_gguf();
+    let tokens = &text(&gguf)[..TOKENS];
+    for (payload, mean_kl) in [(Payload::Bf16, 0.004), (Payload::Int8, 0.008)] {
+        let options = options(Isa::detect(), 1);
+        let mut oracle = candle(&gguf, CandleWeights::F32);
+        let mut group = CpuGroup::over_tcp(&gguf, 2, &options, payload);
+        let comparison = Comparison::run(&mut oracle, &mut group, tokens, Role::Prompt).unwrap();
+        comparison.assert_within(&Bounds {
+            mean_kl,
+            top1: 0.94,
+            perplexity: 0.01,
+        });
+        let whole = logits(&mut group, &tokens[..100], 100);
+        assert!(logits(&mut group, &tokens[..100], 7) == whole, "chunks");
     }
 }
 
@@ -130,13 +172,18 @@ fn small_models_of_every_type_agree_with_one_process() {
 }
 
 #[test]
-fn ids_tell_splits_and_types_of_keys_apart() {
+fn ids_tell_splits_payloads_and_types_of_keys_apart() {
     let model = TestModel::tiny(Family::Llama, GgmlType::Q4_1);
     let gguf = Gguf::parse(model.build().unwrap().to_bytes()).unwrap();
     let alone = cpu_as(&gguf, Isa::detect(), 1).numerics_id();
     let [two, again, four] = [2, 2, 4].map(|world| group(&gguf, world, 1).numerics_id());
     assert_eq!(two, again);
     assert!(alone != two && alone != four && two != four);
+    let [bf16, rounded] = [Payload::Bf16, Payload::Int8].map(|payload| {
+        let options = options(Isa::detect(), 1);
+        CpuGroup::over_tcp(&gguf, 2, &options, payload).numerics_id()
+    });
+    assert!(bf16 != two && rounded != two && bf16 != rounded);
     let int8 = cpu_int8(&gguf, Isa::detect(), 1).numerics_id();
     assert!(int8 != alone && int8 != two);
 }

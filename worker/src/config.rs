@@ -1,10 +1,11 @@
 //! A worker's settings.
 
 use std::{
-    fmt, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc, thread::available_parallelism,
-    time::Duration,
+    fmt, net::SocketAddr, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc,
+    thread::available_parallelism, time::Duration,
 };
 
+use shoal_collective::tcp::Payload;
 use shoal_core::{Class, PAGE_TOKENS};
 use shoal_engine::{config::EngineConfig, cpu::PromptPrecision};
 use shoal_fabric::{
@@ -93,15 +94,96 @@ pub fn parse_kv_type(name: &str) -> Result<KvType, ConfigError> {
     found.ok_or_else(|| ConfigError::KvType { given: name.into() })
 }
 
-/// A tensor-parallel group on this machine.
+/// What the parts of sums are rounded to between ranks by its name: `f32`, `bf16` or `int8`.
+///
+/// # Errors
+/// When the name is another.
+pub fn parse_payload(name: &str) -> Result<Payload, ConfigError> {
+    let mut all = Payload::ALL.into_iter();
+    all.find(|payload| payload.name() == name)
+        .ok_or_else(|| ConfigError::Payload { given: name.into() })
+}
+
+/// A tensor-parallel group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupConfig {
     /// Ranks, the worker itself included. At least 2.
     pub ranks: usize,
-    /// How the others are started.
-    pub command: RankCommand,
+    /// Who the others are.
+    pub others: Others,
     /// How long a rank is waited for within a step before it counts as hung.
     pub patience: Duration,
+}
+
+/// The other ranks of a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Others {
+    /// Processes of this machine, started so.
+    Local(RankCommand),
+    /// Processes elsewhere, which come.
+    Remote(RemoteConfig),
+}
+
+/// Where ranks come to, and what they are told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteConfig {
+    /// Where rank 0 listens for them.
+    pub listen: SocketAddr,
+    /// A file with what the ranks know and nobody else.
+    pub secret: PathBuf,
+    /// What the parts of sums are rounded to between ranks.
+    pub payload: Payload,
+}
+
+impl GroupConfig {
+    /// What the parts of sums are rounded to between ranks.
+    pub(crate) fn payload(&self) -> Payload {
+        match &self.others {
+            Others::Local(_) => Payload::F32,
+            Others::Remote(remote) => remote.payload,
+        }
+    }
+}
+
+/// The settings of a rank whose rank 0 is elsewhere. All else rank 0 tells it.
+#[derive(Clone, Debug)]
+pub struct RankConfig {
+    /// Its own copy of the GGUF file.
+    pub model: PathBuf,
+    /// Which rank it is, from 1.
+    pub rank: usize,
+    /// Ranks of the group.
+    pub world: usize,
+    /// Where rank 0 listens for ranks.
+    pub join: Endpoint,
+    /// Where it listens for the ranks above it, if there are any.
+    pub listen: SocketAddr,
+    /// A file with what the ranks know and nobody else.
+    pub secret: PathBuf,
+    /// Instruction set; absent is the best of the machine.
+    pub isa: Option<Isa>,
+    /// Threads that compute; absent is every CPU.
+    pub threads: Option<NonZeroUsize>,
+}
+
+impl RankConfig {
+    /// Checks what can be checked without rank 0.
+    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
+        let (rank, world) = (self.rank, self.world);
+        if !(1..world).contains(&rank) {
+            return Err(ConfigError::Rank { rank, world });
+        }
+        match self.isa.filter(|isa| !isa.is_available()) {
+            Some(isa) => Err(ConfigError::IsaMissing { isa }),
+            None => Ok(()),
+        }
+    }
+
+    /// Threads that compute.
+    pub(crate) fn threads(&self) -> usize {
+        let all = || available_parallelism().map_or(1, usize::from);
+        self.threads.map_or_else(all, usize::from)
+    }
 }
 
 /// The settings of a worker.
@@ -211,9 +293,22 @@ impl WorkerConfig {
         Ok(())
     }
 
-    /// Ranks, the worker itself included.
-    pub(crate) fn ranks(&self) -> usize {
-        self.tensor_parallel.as_ref().map_or(1, |group| group.ranks)
+    /// Ranks on this machine, the worker itself included.
+    fn ranks_here(&self) -> usize {
+        match &self.tensor_parallel {
+            Some(GroupConfig {
+                ranks,
+                others: Others::Local(_),
+                ..
+            }) => *ranks,
+            _ => 1,
+        }
+    }
+
+    /// Machines whose memory the model shares.
+    pub(crate) fn machines(&self) -> usize {
+        let ranks = self.tensor_parallel.as_ref().map_or(1, |group| group.ranks);
+        ranks / self.ranks_here()
     }
 
     /// The instruction set of the `cpu` backend, and how it computes prompts.
@@ -224,7 +319,7 @@ impl WorkerConfig {
 
     /// Threads of each rank.
     pub(crate) fn rank_threads(&self) -> usize {
-        let share = || available_parallelism().map_or(1, usize::from) / self.ranks();
+        let share = || available_parallelism().map_or(1, usize::from) / self.ranks_here();
         self.threads.map_or_else(share, usize::from).max(1)
     }
 
@@ -273,6 +368,20 @@ pub enum ConfigError {
     KvType {
         /// What was given.
         given: String,
+    },
+    /// Nothing that parts of sums can be rounded to.
+    #[error("ranks exchange f32, bf16 or int8, not {given:?}")]
+    Payload {
+        /// What was given.
+        given: String,
+    },
+    /// Not one of the ranks that join.
+    #[error("rank {rank} of {world} cannot join: a rank from 1 to {} can", world - 1)]
+    Rank {
+        /// Which.
+        rank: usize,
+        /// Ranks of its group.
+        world: usize,
     },
     /// Only one backend can keep them so.
     #[error("keys and values in {} need the cpu backend", kv.name())]
@@ -356,10 +465,10 @@ mod tests {
         let group = |ranks| {
             Some(GroupConfig {
                 ranks,
-                command: RankCommand {
+                others: Others::Local(RankCommand {
                     program: "shoal".into(),
                     arguments: Vec::new(),
-                },
+                }),
                 patience: Duration::from_secs(1),
             })
         };

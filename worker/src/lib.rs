@@ -29,9 +29,11 @@ mod tests;
 
 pub use compute::CoreTime;
 pub use config::{
-    BackendKind, ConfigError, GroupConfig, WorkerConfig, parse_isa, parse_kv_type, parse_prompts,
+    BackendKind, ConfigError, GroupConfig, Others, RankConfig, RemoteConfig, WorkerConfig,
+    parse_isa, parse_kv_type, parse_payload, parse_prompts,
 };
 pub use error::WorkerError;
-pub use group::{GroupError, RankCommand, Watch, run_rank};
+pub use group::{GroupError, RankCommand, Watch, join_group, run_rank};
 pub use load::{LoadError, Loaded};
 pub use run::{run, run_with};
+pub use shoal_collective::tcp::Payload;

@@ -6,16 +6,17 @@ use candle_core::Device;
 use shoal_core::{Class, MAX_DRAFT_ROWS, PAGE_TOKENS, Speculation};
 use shoal_engine::backend::{Backend, BackendError};
 use shoal_engine::candle::{CandleBackend, CandleOptions, CandleWeights};
-use shoal_engine::cpu::{CpuBackend, CpuOptions, Estimate, ShardPlan};
+use shoal_engine::cpu::{CpuBackend, CpuOptions, ShardPlan};
 use shoal_engine::spec::{ModelSpec, SpecError};
 use shoal_gguf::{Gguf, GgufError};
 use shoal_proto::worker::TokenizerBundle;
 use shoal_text::{TextError, bundle_from_gguf};
 
 use crate::config::{
-    BackendKind, ConfigError, WorkerConfig, isa_name, parse_isa, parse_kv_type, parse_prompts,
+    BackendKind, ConfigError, WorkerConfig, isa_name, parse_isa, parse_kv_type, parse_payload,
+    parse_prompts,
 };
-use crate::group::{GroupBackend, GroupError, Part, Watch};
+use crate::group::{GroupBackend, GroupError, Part, Price, Watch};
 use crate::memory;
 
 /// Most bytes of the KV pool that are taken unasked.
@@ -113,23 +114,19 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
                 prompts: prompts.name().to_owned(),
                 threads: config.rank_threads(),
                 kv: config.kv_type.name().to_owned(),
+                payload: settings.payload().name().to_owned(),
                 pages,
                 max_rows,
                 max_logit_rows,
             };
-            // Before processes are started for it.
-            let plan = ShardPlan::new(&spec, part.world).map_err(BackendError::from)?;
-            let Estimate { ranks, one } = plan.estimate(&spec, weights, part.threads);
-            if ranks > one {
-                tracing::warn!(
-                    ?ranks,
-                    ?one,
-                    "a step would be quicker in one process with as many threads: the ranks meet \
-                     twice a layer, and wait for the largest share"
-                );
-            }
-            let watch = group.insert(Arc::new(Watch::new()));
-            let backend = GroupBackend::start(settings, part, Arc::clone(watch), &gguf, spec)?;
+            let price = Price {
+                plan: plan_of(&spec, &part)?,
+                spec: spec.clone(),
+                weights,
+                threads: part.threads,
+            };
+            let watch = Arc::clone(group.insert(Arc::new(Watch::new())));
+            let backend = GroupBackend::start(settings, part, price, watch, &gguf, spec)?;
             Box::new(backend)
         }
         (BackendKind::Candle, _) => {
@@ -158,6 +155,12 @@ pub(crate) fn rank(part: &Part) -> Result<CpuBackend, LoadError> {
     rank_of(&gguf, spec, part)
 }
 
+/// How the ranks of a group split a model.
+fn plan_of(spec: &ModelSpec, part: &Part) -> Result<ShardPlan, LoadError> {
+    let plan = ShardPlan::new(spec, part.world).map_err(BackendError::from)?;
+    Ok(plan.with_payload(parse_payload(&part.payload)?))
+}
+
 /// Loads a rank's part of a model.
 pub(crate) fn rank_of(gguf: &Gguf, spec: ModelSpec, part: &Part) -> Result<CpuBackend, LoadError> {
     let options = CpuOptions {
@@ -169,7 +172,7 @@ pub(crate) fn rank_of(gguf: &Gguf, spec: ModelSpec, part: &Part) -> Result<CpuBa
         max_rows: part.max_rows,
         max_logit_rows: part.max_logit_rows,
     };
-    let shards = ShardPlan::new(&spec, part.world).map_err(BackendError::from)?;
+    let shards = plan_of(&spec, part)?;
     if part.rank >= part.world {
         return Err(GroupError::Order.into());
     }
@@ -178,7 +181,8 @@ pub(crate) fn rank_of(gguf: &Gguf, spec: ModelSpec, part: &Part) -> Result<CpuBa
     )?)
 }
 
-/// Pages of the KV pool, after a check that they and the weights fit.
+/// Pages of the KV pool, after a check that they and the weights fit; between machines, this
+/// one's equal share of both.
 fn pages(
     config: &WorkerConfig,
     spec: &ModelSpec,
@@ -191,7 +195,7 @@ fn pages(
     let kv = config
         .kv_bytes
         .unwrap_or_else(|| (available / 4).min(MOST_KV).max(context.min(MOST_KV)));
-    let needed = weights.saturating_add(kv);
+    let needed = weights.saturating_add(kv) / config.machines() as u64;
     if needed > available {
         return Err(LoadError::Backend(BackendError::OutOfMemory {
             what: "weights and KV pages",

@@ -7,6 +7,7 @@
 mod file;
 mod log;
 mod membership;
+mod ranks;
 mod router;
 mod store;
 #[cfg(test)]

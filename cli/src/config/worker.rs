@@ -3,18 +3,15 @@
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use shoal_fabric::net::{Limits, ListenConfig};
 use shoal_fabric::telemetry::LogConfig;
-use shoal_worker::{
-    GroupConfig, RankCommand, WorkerConfig, parse_isa, parse_kv_type, parse_prompts,
-};
+use shoal_worker::{WorkerConfig, parse_isa, parse_kv_type, parse_prompts};
 
 use super::values::{Size, Time};
-use super::{ConfigError, Section, log, tls};
+use super::{ConfigError, Section, tls};
 
 /// A worker's settings as flags, variables and the file give them.
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
@@ -58,14 +55,38 @@ pub(crate) struct WorkerSettings {
     )]
     pub(crate) prompt_precision: Option<String>,
 
-    /// Processes that share the model on this machine, each with a part of it [default: 1]
+    /// Processes that share the model, each with a part of it; on this machine, unless they join
+    /// from others [default: 1]
     #[arg(long, env = "SHOAL_WORKER_TENSOR_PARALLEL", value_name = "N")]
     pub(crate) tensor_parallel: Option<NonZeroUsize>,
 
-    /// How long a process of the group may keep the others waiting before it is started again
-    /// [default: 2s]
+    /// How long a process of the group may keep the others waiting before it counts as hung and is
+    /// started again, or awaited from another machine [default: 2s]
     #[arg(long, env = "SHOAL_WORKER_RANK_TIMEOUT", value_name = "TIME")]
     pub(crate) rank_timeout: Option<Time>,
+
+    /// Address where processes of the group join from other machines, instead of being started
+    /// here; of one that joins, where those of higher ranks reach it [default there: 0.0.0.0:0]
+    #[arg(long, env = "SHOAL_WORKER_RANK_LISTEN", value_name = "ADDRESS")]
+    pub(crate) rank_listen: Option<SocketAddr>,
+
+    /// Join a group as a rank of it: where its rank 0 listens for ranks. Rank 0 decides all but
+    /// the model's file, the threads and the instruction set
+    #[arg(long, env = "SHOAL_WORKER_JOIN", value_name = "HOST:PORT")]
+    pub(crate) join: Option<String>,
+
+    /// Which rank it joins as, from 1 to the number of processes less 1
+    #[arg(long, env = "SHOAL_WORKER_RANK", value_name = "RANK")]
+    pub(crate) rank: Option<usize>,
+
+    /// File with the secret of a group between machines, at least 16 bytes, equal on all
+    #[arg(long, env = "SHOAL_WORKER_RANK_SECRET", value_name = "FILE")]
+    pub(crate) rank_secret: Option<PathBuf>,
+
+    /// What machines of a group round the numbers to that they exchange: f32, bf16 or int8
+    /// [default: bf16]
+    #[arg(long, env = "SHOAL_WORKER_RANK_PAYLOAD", value_name = "TYPE")]
+    pub(crate) rank_payload: Option<String>,
 
     /// Threads that compute, in each process [default: an equal share of the CPUs]
     #[arg(long, env = "SHOAL_WORKER_THREADS", value_name = "N")]
@@ -164,6 +185,7 @@ impl WorkerSettings {
         model: PathBuf,
         log: &LogConfig,
     ) -> Result<WorkerConfig, ConfigError> {
+        let tensor_parallel = self.group_config(log)?;
         let listen = ListenConfig {
             address: self.listen.unwrap_or(([127, 0, 0, 1], 9090).into()),
             tls: tls::server("worker", self.tls_cert, self.tls_key, self.tls_client_ca)?,
@@ -186,18 +208,6 @@ impl WorkerSettings {
         let backend = match self.backend {
             Some(name) => name.parse()?,
             None => default.backend,
-        };
-        let ranks = self.tensor_parallel.map_or(1, NonZeroUsize::get);
-        let tensor_parallel = match ranks {
-            1 => None,
-            ranks => Some(GroupConfig {
-                ranks,
-                command: RankCommand {
-                    program: std::env::current_exe().map_err(ConfigError::Program)?,
-                    arguments: log::arguments("rank", log),
-                },
-                patience: time(self.rank_timeout, Duration::from_secs(2)),
-            }),
         };
         Ok(WorkerConfig {
             name: self.name,

@@ -3,6 +3,8 @@ use std::time::Duration;
 
 use shoal_core::Class;
 
+use crate::tcp::HelloError;
+
 /// Why ranks could not go on together. A group that has seen one is over; its ranks meet again
 /// in a new one, of a higher epoch.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +41,20 @@ pub enum CollectiveError {
         /// The length of this rank's.
         expected: usize,
     },
+    /// The ranks do not speak of the same call.
+    #[error("rank {rank} sent no frame of this call")]
+    Frame {
+        /// Who differs.
+        rank: usize,
+    },
+    /// A rank on another machine cannot be met.
+    #[error("rank {rank} cannot be reached")]
+    Unreachable {
+        /// Which.
+        rank: usize,
+        /// Why.
+        source: HelloError,
+    },
     /// A frame larger than the group was made for.
     #[error("a frame of {words} words; the group takes {max}")]
     TooLarge {
@@ -60,6 +76,7 @@ impl CollectiveError {
     pub fn class(&self) -> Class {
         match self {
             Self::TooLarge { .. } | Self::Segment => Class::Fatal,
+            Self::Unreachable { source, .. } => source.class(),
             _ => Class::Retry,
         }
     }

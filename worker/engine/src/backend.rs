@@ -190,12 +190,13 @@ pub trait Backend: Send {
     }
 
     /// Makes it able to run a step again, with an empty KV pool, after an error that
-    /// [loses the pages](BackendError::loses_pages).
+    /// [loses the pages](BackendError::loses_pages). `false` after a moment if it waits for
+    /// others: it is called again.
     ///
     /// # Errors
     /// When it will not be able again.
-    fn recover(&mut self) -> Result<(), BackendError> {
-        Ok(())
+    fn recover(&mut self) -> Result<bool, BackendError> {
+        Ok(true)
     }
 
     /// Stores the keys and values of every row, and writes the logits of row

@@ -381,7 +381,27 @@ impl Loop {
             error = &error as &dyn std::error::Error,
             "the backend has lost its pages"
         );
-        self.stepper.recover()
+        while !self.stepper.recover()? {
+            if self.turn_away() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends every sequence, while nobody knows how long the backend will be unable to run one:
+    /// others may. Whether the engine is to stop.
+    fn turn_away(&mut self) -> bool {
+        let mut inbox = lock(&self.shared.inbox);
+        let submitted = std::mem::take(&mut inbox.submitted);
+        let stop = inbox.stop;
+        drop(inbox);
+        for sequence in submitted {
+            self.stepper.submit(sequence);
+        }
+        self.stepper.end(Finish::Preempted, |_| true);
+        self.publish();
+        stop
     }
 
     /// Publishes what has been made, and forgets the sequences that ended.

@@ -138,8 +138,8 @@ impl Stepper {
         result
     }
 
-    /// Makes the backend able to run a step again.
-    pub(crate) fn recover(&mut self) -> Result<(), BackendError> {
+    /// Makes the backend able to run a step again; `false` if it must be called again.
+    pub(crate) fn recover(&mut self) -> Result<bool, BackendError> {
         self.backend.recover()
     }
 

@@ -8,42 +8,66 @@ use shoal_engine::cpu::CpuBackend;
 use shoal_engine::spec::ModelSpec;
 use shoal_gguf::Gguf;
 
-use super::Watch;
-use super::leader::Leader;
 use super::line::Part;
-use crate::config::GroupConfig;
+use super::price::Price;
+use super::{Formed, Lead, Watch, leader, remote};
+use crate::config::{GroupConfig, Others};
 use crate::load::{LoadError, rank_of};
 
 /// See the [module](self).
 pub(crate) struct GroupBackend {
     rank: CpuBackend,
-    leader: Leader,
+    leader: Box<dyn Lead>,
+    price: Price,
     watch: Arc<Watch>,
 }
 
 impl GroupBackend {
-    /// Starts the other ranks, loads rank 0 meanwhile, and forms the group.
+    /// Starts or awaits the other ranks, loads rank 0 meanwhile, and forms the group.
     pub(crate) fn start(
         settings: &GroupConfig,
         part: Part,
+        price: Price,
         watch: Arc<Watch>,
         gguf: &Gguf,
         spec: ModelSpec,
     ) -> Result<Self, LoadError> {
-        let leader = Leader::start(settings, part.clone(), Arc::clone(&watch))?;
+        let (patience, seen) = (settings.patience, Arc::clone(&watch));
+        let leader: Box<dyn Lead> = match &settings.others {
+            Others::Local(command) => {
+                // Before processes are started for it.
+                price.weigh(None);
+                Box::new(leader::Leader::start(
+                    command,
+                    patience,
+                    part.clone(),
+                    seen,
+                )?)
+            }
+            Others::Remote(remote) => {
+                Box::new(remote::Leader::start(remote, patience, part.clone(), seen)?)
+            }
+        };
         let mut group = Self {
             rank: rank_of(gguf, spec, &part)?,
             leader,
+            price,
             watch,
         };
         group.leader.expect(group.rank.numerics_id().0);
-        group.form()?;
+        while !group.form()? {}
         Ok(group)
     }
 
-    fn form(&mut self) -> Result<(), LoadError> {
-        let seat = self.leader.form(self.rank.frame_words())?;
-        Ok(self.rank.join(Box::new(seat))?)
+    fn form(&mut self) -> Result<bool, LoadError> {
+        let Some(Formed { seat, pace }) = self.leader.form(self.rank.frame_words())? else {
+            return Ok(false);
+        };
+        if pace.is_some() {
+            self.price.weigh(pace);
+        }
+        self.rank.join(seat)?;
+        Ok(true)
     }
 }
 
@@ -86,11 +110,11 @@ impl Backend for GroupBackend {
         }
     }
 
-    fn recover(&mut self) -> Result<(), BackendError> {
+    fn recover(&mut self) -> Result<bool, BackendError> {
         // The ranks that live see that rank 0 has left, and wait to be called.
         self.rank.leave();
         match self.form() {
-            Ok(()) => Ok(()),
+            Ok(whole) => Ok(whole),
             Err(LoadError::Backend(error)) => Err(error),
             Err(error) => Err(BackendError::Device(Box::new(error))),
         }

@@ -11,8 +11,7 @@ use shoal_collective::shm::{Ring, Segment};
 
 use super::line::{Order, Part};
 use super::member::{Member, RankCommand};
-use super::{GroupError, Watch};
-use crate::config::GroupConfig;
+use super::{Formed, GroupError, Lead, Watch};
 use crate::epoch;
 
 /// Meetings that are called in a row before the group is given up.
@@ -38,74 +37,22 @@ pub(super) struct Leader {
 impl Leader {
     /// Starts all ranks; they load while rank 0 does.
     pub(super) fn start(
-        settings: &GroupConfig,
+        command: &RankCommand,
+        patience: Duration,
         part: Part,
         watch: Arc<Watch>,
     ) -> Result<Self, GroupError> {
         let mut leader = Self {
-            command: settings.command.clone(),
+            command: command.clone(),
             members: (1..part.world).map(|_| None).collect(),
             part,
-            patience: settings.patience,
+            patience,
             numerics_id: [0; 32],
             epoch: 0,
             watch,
         };
         leader.fill()?;
         Ok(leader)
-    }
-
-    /// Says what every rank's id must be.
-    pub(super) fn expect(&mut self, numerics_id: [u8; 32]) {
-        self.numerics_id = numerics_id;
-    }
-
-    /// The first rank that has died.
-    pub(super) fn dead(&mut self) -> Option<usize> {
-        let mut members = self.members.iter_mut();
-        let dead = members.position(|member| !member.as_mut().is_some_and(Member::is_alive));
-        dead.map(|index| index + 1)
-    }
-
-    /// Ends a rank: it is lost, or hangs.
-    pub(super) fn end(&mut self, rank: usize) {
-        if let Some(member) = rank.checked_sub(1).and_then(|i| self.members.get_mut(i)) {
-            *member = None;
-        }
-    }
-
-    /// Makes the group whole: starts the ranks that are missing, and calls all to meet in new
-    /// memory, under a higher epoch, of `words` words for a frame. Ranks that live keep their
-    /// weights.
-    pub(super) fn form(&mut self, words: usize) -> Result<Ring, GroupError> {
-        let started = Instant::now();
-        let mut attempt = 0;
-        let seat = loop {
-            let error = match self.meet(words) {
-                Ok(seat) => break seat,
-                Err(error) => error,
-            };
-            attempt += 1;
-            let again = attempt < ATTEMPTS && error.is_passing();
-            if !again || self.watch.closing.load(Ordering::Acquire) {
-                return Err(error);
-            }
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "the ranks did not meet"
-            );
-            std::thread::sleep(PAUSE * 2u32.pow(attempt - 1));
-        };
-        let ranks: Vec<u32> = self.members.iter().flatten().map(Member::pid).collect();
-        tracing::info!(
-            world = self.part.world,
-            epoch = self.epoch,
-            ?ranks,
-            milliseconds = started.elapsed().as_millis() as u64,
-            "the group is whole"
-        );
-        self.watch.whole.send_replace(true);
-        Ok(seat)
     }
 
     /// Starts the ranks that are not there.
@@ -170,5 +117,58 @@ impl Leader {
             }
             GroupError::Meeting(error)
         })
+    }
+}
+
+impl Lead for Leader {
+    fn expect(&mut self, numerics_id: [u8; 32]) {
+        self.numerics_id = numerics_id;
+    }
+
+    fn dead(&mut self) -> Option<usize> {
+        let mut members = self.members.iter_mut();
+        let dead = members.position(|member| !member.as_mut().is_some_and(Member::is_alive));
+        dead.map(|index| index + 1)
+    }
+
+    fn end(&mut self, rank: usize) {
+        if let Some(member) = rank.checked_sub(1).and_then(|i| self.members.get_mut(i)) {
+            *member = None;
+        }
+    }
+
+    /// Starts the ranks that are missing, and calls all to meet in new memory.
+    fn form(&mut self, words: usize) -> Result<Option<Formed>, GroupError> {
+        let started = Instant::now();
+        let mut attempt = 0;
+        let seat = loop {
+            let error = match self.meet(words) {
+                Ok(seat) => break seat,
+                Err(error) => error,
+            };
+            attempt += 1;
+            let again = attempt < ATTEMPTS && error.is_passing();
+            if !again || self.watch.closing.load(Ordering::Acquire) {
+                return Err(error);
+            }
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the ranks did not meet"
+            );
+            std::thread::sleep(PAUSE * 2u32.pow(attempt - 1));
+        };
+        let ranks: Vec<u32> = self.members.iter().flatten().map(Member::pid).collect();
+        tracing::info!(
+            world = self.part.world,
+            epoch = self.epoch,
+            ?ranks,
+            milliseconds = started.elapsed().as_millis() as u64,
+            "the group is whole"
+        );
+        self.watch.whole.send_replace(true);
+        Ok(Some(Formed {
+            seat: Box::new(seat),
+            pace: None,
+        }))
     }
 }

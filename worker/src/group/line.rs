@@ -39,6 +39,8 @@ pub(crate) struct Part {
     pub(crate) threads: usize,
     /// What keys and values are kept as, by its name.
     pub(crate) kv: String,
+    /// What the parts of sums are rounded to, by its name.
+    pub(crate) payload: String,
     pub(crate) pages: u32,
     pub(crate) max_rows: usize,
     pub(crate) max_logit_rows: usize,

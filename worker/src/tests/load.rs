@@ -12,7 +12,8 @@ use tempfile::TempDir;
 
 use super::rig::{self, Rig, in_time, submit};
 use crate::{
-    BackendKind, GroupConfig, GroupError, LoadError, RankCommand, WorkerConfig, WorkerError,
+    BackendKind, GroupConfig, GroupError, LoadError, Others, RankCommand, WorkerConfig,
+    WorkerError,
     load::{self, Loaded},
 };
 
@@ -143,10 +144,10 @@ async fn the_context_can_be_lowered_but_not_raised() {
 fn group(file: &File, ranks: usize) -> WorkerConfig {
     let tensor_parallel = Some(GroupConfig {
         ranks,
-        command: RankCommand {
+        others: Others::Local(RankCommand {
             program: "false".into(),
             arguments: Vec::new(),
-        },
+        }),
         patience: Duration::from_secs(1),
     });
     WorkerConfig {

@@ -4,6 +4,7 @@
 
 mod bulk;
 mod fake;
+mod group;
 mod life;
 mod load;
 mod member;

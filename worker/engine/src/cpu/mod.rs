@@ -278,6 +278,22 @@ impl CpuBackend {
             .max(words::most(max_rows, max_logit_rows, self.spec.context))
     }
 
+    /// Empties the KV pool, and gives it so many pages.
+    ///
+    /// # Errors
+    /// When the memory is refused.
+    pub fn set_pages(&mut self, pages: u32) -> Result<(), BackendError> {
+        let kv = KvPool::new(
+            self.options.kv,
+            self.heads,
+            self.spec.n_layer,
+            pages as usize,
+        );
+        self.kv = kv.map_err(|error| BackendError::Device(Box::new(error)))?;
+        self.options.pages = pages;
+        Ok(())
+    }
+
     /// Takes its seat in a group, in place of an earlier one. What the KV pool holds is void.
     ///
     /// # Errors

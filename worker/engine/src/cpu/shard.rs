@@ -11,7 +11,8 @@ use std::ops::Range;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
-use shoal_collective::MAX_RANKS;
+use shoal_collective::tcp::Payload;
+use shoal_collective::{MAX_RANKS, Pace};
 use shoal_core::Class;
 use shoal_kernels::pack::STRIP;
 use shoal_kernels::quant::BLOCK;
@@ -42,19 +43,35 @@ pub struct Shard {
     pub vocab: Range<usize>,
 }
 
-/// The shards of all ranks: a function of the model's shape and the number of ranks alone.
+/// The shards of all ranks, a function of the model's shape and the number of ranks alone, and
+/// how the ranks put together what they compute.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShardPlan {
     shards: Vec<Shard>,
+    payload: Payload,
 }
 
-/// What a step is thought to take at least.
+/// What a step of one row is thought to take at least.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Estimate {
-    /// In the ranks of a plan.
-    pub ranks: Duration,
-    /// In one process with as many threads.
+    /// The weights, in the ranks of a plan: the largest share of each phase.
+    pub shares: Duration,
+    /// The meetings of the ranks.
+    pub meetings: Duration,
+    /// The weights, in one process.
     pub one: Duration,
+}
+
+impl Estimate {
+    /// A step of the ranks.
+    pub fn ranks(&self) -> Duration {
+        self.shares + self.meetings
+    }
+
+    /// What the ranks save of the time for the weights.
+    pub fn saved(&self) -> Duration {
+        self.one.saturating_sub(self.shares)
+    }
 }
 
 /// Why a model cannot be split among so many ranks.
@@ -128,7 +145,19 @@ impl ShardPlan {
         });
         Ok(Self {
             shards: shards.collect::<Result<_, _>>()?,
+            payload: Payload::F32,
         })
+    }
+
+    /// The same plan, where ranks round the parts of sums to `payload` before they add them.
+    #[must_use]
+    pub fn with_payload(self, payload: Payload) -> Self {
+        Self { payload, ..self }
+    }
+
+    /// What the parts of sums are rounded to.
+    pub fn payload(&self) -> Payload {
+        self.payload
     }
 
     /// The shards, by rank.
@@ -141,9 +170,17 @@ impl ShardPlan {
         self.shards.len()
     }
 
-    /// What the weights and the meetings of a step cost, where the weights have so many bytes:
-    /// in these ranks with so many threads each, and in one process with all of the threads.
-    pub fn estimate(&self, spec: &ModelSpec, bytes: u64, threads: usize) -> Estimate {
+    /// What the weights and the meetings of a step cost, where the weights have so many bytes, in
+    /// these ranks with so many threads each. Ranks on machines of their own meet at a pace that
+    /// was measured, and one process would have the threads of one machine; without a pace, it
+    /// would have those of all ranks.
+    pub fn estimate(
+        &self,
+        spec: &ModelSpec,
+        bytes: u64,
+        threads: usize,
+        pace: Option<Pace>,
+    ) -> Estimate {
         let ModelSpec {
             n_layer,
             d_model,
@@ -165,18 +202,32 @@ impl ShardPlan {
             + most(&|s| head(s.vocab.len()));
         let thread = bytes as f64 / all / BANDWIDTH / threads as f64;
         let world = self.world();
-        let meetings = if world > 1 { 2 * n_layer + 3 } else { 0 } as f64 * MEETING;
+        let meetings = match pace {
+            _ if world == 1 => 0.0,
+            None => (2 * n_layer + 3) as f64 * MEETING,
+            Some(pace) => {
+                // The plan is small; logits are not rounded.
+                let parts = (2 * n_layer + 1) as u32 * pace.exchange(d_model);
+                let logits = 4 * vocab / world * BLOCK / self.payload.bytes(BLOCK);
+                (parts + pace.latency + pace.exchange(logits)).as_secs_f64()
+            }
+        };
         let phases = |threads| if threads > 1 { PHASES * n_layer } else { 0 } as f64 * PHASE;
-        let ranks = slowest * thread + meetings + phases(threads);
-        let one = all * thread / world as f64 + phases(world * threads);
+        let others = if pace.is_some() { 1 } else { world };
+        let one = all * thread / others as f64 + phases(others * threads);
         Estimate {
-            ranks: Duration::from_secs_f64(ranks),
+            shares: Duration::from_secs_f64(slowest * thread + phases(threads)),
+            meetings: Duration::from_secs_f64(meetings),
             one: Duration::from_secs_f64(one),
         }
     }
 
-    /// The split changes the order of sums, and so the bits of the results.
+    /// The split changes the order of sums, the rounding their parts, and so both the bits of the
+    /// results.
     pub(super) fn hash(&self, sha: &mut Sha256) {
+        if self.payload != Payload::F32 {
+            sha.update(self.payload.name());
+        }
         for shard in &self.shards {
             let Shard {
                 rank: _,
@@ -301,23 +352,61 @@ mod tests {
         };
         let of = |world| {
             let plan = ShardPlan::new(&spec, world).unwrap();
-            plan.estimate(&spec, 96_400_000, 2)
+            plan.estimate(&spec, 96_400_000, 2, None)
         };
         let share = |world| {
-            let Estimate { ranks, one } = of(world);
+            let (ranks, one) = (of(world).ranks(), of(world).one);
             ranks.as_secs_f64() / one.as_secs_f64()
         };
-        assert_eq!(of(1).ranks, of(1).one);
+        assert_eq!(of(1).ranks(), of(1).one);
         // Two of three heads are a third more than half of a fifth of the weights.
         assert!((1.17..1.20).contains(&share(2)), "{}", share(2));
         // A rank of one thread waits for no other within its phases.
         let plan = ShardPlan::new(&spec, 2).unwrap();
-        let Estimate { ranks, one } = plan.estimate(&spec, 96_400_000, 1);
+        let estimate = plan.estimate(&spec, 96_400_000, 1, None);
+        let (ranks, one) = (estimate.ranks(), estimate.one);
         assert!(ranks < one);
         // Three ranks have equal shares, and only meet.
-        let meetings = of(3).ranks - of(3).one;
+        assert_eq!(of(3).shares, of(3).one);
+        let meetings = of(3).meetings;
         assert_eq!((meetings.as_secs_f64() * 1e6).round(), 63.0 * 4.0);
         assert!(share(9) > share(3));
+    }
+
+    #[test]
+    fn ranks_on_machines_of_their_own_are_weighed_against_one_machine() {
+        let spec = ModelSpec {
+            n_layer: 30,
+            d_model: 576,
+            ..smollm2()
+        };
+        let of = |payload, micros, bytes: u64| {
+            let pace = Pace {
+                latency: Duration::from_micros(micros),
+                rate: 1e9 / payload as f64,
+            };
+            let payload = match payload {
+                2 => Payload::Bf16,
+                _ => Payload::F32,
+            };
+            let plan = ShardPlan::new(&spec, 3).unwrap().with_payload(payload);
+            plan.estimate(&spec, bytes, 1, Some(pace))
+        };
+        let near = of(2, 20, 96_400_000);
+        // Three equal shares of the weights.
+        let third = near.one.as_secs_f64() / 3.0;
+        assert!((near.shares.as_secs_f64() / third - 1.0).abs() < 1e-6);
+        assert_eq!(near.saved(), near.one - near.shares);
+        // 61 sums, the plan, and the logits of a rank with 4 bytes each.
+        let bytes = 61.0 * 2.0 * 576.0 + 49152.0 / 3.0 * 4.0;
+        let expected = 63.0 * 20e-6 + bytes / 1e9;
+        assert!((near.meetings.as_secs_f64() / expected - 1.0).abs() < 1e-3);
+        assert!(near.ranks() < near.one);
+        assert!(of(4, 20, 96_400_000).meetings > near.meetings);
+        let far = of(2, 200, 96_400_000);
+        assert!(far.ranks() > far.one, "for a small model");
+        let large = of(2, 200, 4_000_000_000);
+        assert!(large.ranks() < large.one);
     }
 
     #[test]

@@ -228,3 +228,40 @@ fn an_idle_engine_is_mended_before_its_next_step() {
     assert_eq!(until_end(&outputs, 2).1, Finish::Length);
     assert_eq!(probe.recoveries.load(Ordering::Relaxed), 1);
 }
+
+#[test]
+fn an_engine_that_waits_for_its_backend_keeps_no_sequence() {
+    let (handle, outputs, probe) = start(EngineConfig {
+        max_running: 1,
+        ..EngineConfig::default()
+    });
+    probe.away.store(true, Ordering::Relaxed);
+    let mut faults = probe.faults.lock().unwrap();
+    handle.submit(request(1, vec![1], ENDLESS)).unwrap();
+    handle.submit(request(2, vec![1], ENDLESS)).unwrap();
+    faults.push_back(Fault::Lost);
+    drop(faults);
+    // Who ran, who waited, and who comes meanwhile.
+    for number in 1..=3 {
+        if number == 3 {
+            handle.submit(request(3, vec![1], 2)).unwrap();
+        }
+        assert_eq!(until_end(&outputs, number).1, Finish::Preempted);
+    }
+    assert_eq!(probe.recoveries.load(Ordering::Relaxed), 0);
+    probe.away.store(false, Ordering::Relaxed);
+    // It may still be on its way back.
+    let end = (4..).find_map(|number| {
+        handle.submit(request(number, vec![1], 2)).unwrap();
+        let (_, finish) = until_end(&outputs, number);
+        (finish != Finish::Preempted).then_some(finish)
+    });
+    assert_eq!(end, Some(Finish::Length));
+    assert_eq!(probe.recoveries.load(Ordering::Relaxed), 1);
+
+    probe.away.store(true, Ordering::Relaxed);
+    probe.lost.store(true, Ordering::Relaxed);
+    handle.check();
+    handle.stop();
+    assert!(handle.stopped().is_some());
+}

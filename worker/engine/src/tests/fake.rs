@@ -40,6 +40,8 @@ pub(crate) struct Probe {
     pub(crate) steps: Arc<AtomicUsize>,
     /// The pages are lost.
     pub(crate) lost: Arc<AtomicBool>,
+    /// It cannot recover yet.
+    pub(crate) away: Arc<AtomicBool>,
     pub(crate) recoveries: Arc<AtomicUsize>,
 }
 
@@ -187,11 +189,14 @@ impl Backend for FakeBackend {
         }
     }
 
-    fn recover(&mut self) -> Result<(), BackendError> {
+    fn recover(&mut self) -> Result<bool, BackendError> {
+        if self.probe.away.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
         self.pool.fill(None);
         self.probe.recoveries.fetch_add(1, Ordering::Relaxed);
         self.probe.lost.store(false, Ordering::Relaxed);
-        Ok(())
+        Ok(true)
     }
 
     fn step(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
