@@ -32,4 +32,4 @@ pub use config::{
 pub use error::WorkerError;
 pub use group::{GroupError, RankCommand, Watch, run_rank};
 pub use load::{LoadError, Loaded};
-pub use run::{run, run_with};
+pub use run::{run, run_driven, run_with};

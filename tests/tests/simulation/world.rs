@@ -1,0 +1,337 @@
+//! One simulation: the cluster, its load and its faults, and the laws that it must keep.
+
+use std::{cell::RefCell, collections::HashMap, rc::Rc, sync::Arc, time::Duration};
+
+use futures::future::join_all;
+use mad_turmoil::time::SimClocksGuard;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use shoal_core::Speculation;
+use shoal_engine::config::EngineConfig;
+use shoal_fabric::{
+    membership::Etcd as EtcdMembership,
+    net::{self, ClientConfig, Network},
+    shutdown::Shutdown,
+};
+use shoal_proto::inference::inference_client::InferenceClient;
+use shoal_router::{RouterArgs, Server};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    runtime::Handle,
+    time::{Instant, sleep, sleep_until},
+};
+use tonic::Code;
+
+use crate::{
+    client::{End, Outcome, Plan, ask},
+    etcd::{self, Etcd},
+    faults::{self, ETCD, LEAST_DELAY, MOST_DELAY, ROUTER, Stage, host},
+    network::Turmoil,
+    trace::Trace,
+    worker::{self, Held, Settings, undisturbed},
+};
+
+/// Time between deliveries of the network.
+const TICK: Duration = Duration::from_millis(5);
+/// Until all workers are known.
+const START: Duration = Duration::from_secs(2);
+/// Faults end here.
+const CALM: Duration = Duration::from_secs(25);
+/// Longer than any patience of the router after that: a breaker is open for 30 s at most.
+const QUIET: Duration = Duration::from_secs(60);
+/// Longer than anything here takes.
+const LONGEST: Duration = Duration::from_secs(180);
+const ROUTER_PORT: u16 = 8080;
+/// Requests after all is quiet again, for each worker.
+const LAST: usize = 6;
+
+/// What is random from now on is so by the seed.
+pub(crate) fn prepare(seed: u64) -> Trace {
+    mad_turmoil::rand::set_rng(StdRng::seed_from_u64(seed));
+    Trace::start()
+}
+
+/// What a seed draws.
+struct Draws {
+    workers: usize,
+    /// The first worker is spared.
+    rock: bool,
+    max_running: u32,
+    settings: Settings,
+    plans: Vec<Plan>,
+}
+
+fn draw(rng: &mut StdRng) -> Draws {
+    let workers = rng.random_range(2..=4);
+    let count = rng.random_range(20..80);
+    let plans = (0..count).map(|id| {
+        let at = rng.random_range(START.as_millis() as u64..CALM.as_millis() as u64);
+        Plan::draw(id, Duration::from_millis(at), rng)
+    });
+    let mut plans: Vec<Plan> = plans.collect();
+    for i in 0..LAST * workers {
+        let mut plan = Plan::draw(1000 + i as u64, CALM + QUIET, rng);
+        (plan.deadline, plan.leaves) = (None, None);
+        plans.push(plan);
+    }
+    Draws {
+        workers,
+        rock: rng.random_bool(0.6),
+        max_running: if rng.random_bool(0.8) { 256 } else { 5 },
+        settings: Settings {
+            engine: EngineConfig {
+                max_waiting: if rng.random_bool(0.8) { 1024 } else { 3 },
+                max_running: 8,
+                step_rows: 64,
+                prefill_chunk: 32,
+                speculation: match rng.random_bool(0.5) {
+                    true => Speculation::Auto,
+                    false => Speculation::Off,
+                },
+                ..EngineConfig::default()
+            },
+        },
+        plans,
+    }
+}
+
+/// What clients and the router's host tell the checks.
+#[derive(Default)]
+struct Report {
+    outcomes: Vec<Outcome>,
+    /// The router's metrics: before the load, when all is quiet, and at the end.
+    metrics: Vec<HashMap<String, f64>>,
+    /// The router's tasks at the same times.
+    tasks: Vec<usize>,
+    router: Option<(Shutdown, Handle)>,
+    /// The orderly end left nothing behind.
+    finished: Vec<String>,
+}
+
+type Shared = Rc<RefCell<Report>>;
+
+/// Runs the seed; the laws that it breaks.
+pub(crate) fn run(seed: u64) -> Vec<String> {
+    let _clocks = SimClocksGuard::init();
+    let mut rng = StdRng::seed_from_u64(seed);
+    let draws = draw(&mut rng);
+    let schedule = faults::draw(draws.workers, draws.rock, CALM, &mut rng);
+    let sim = turmoil::Builder::new()
+        .rng_seed(seed)
+        .tick_duration(TICK)
+        .simulation_duration(LONGEST)
+        .min_message_latency(LEAST_DELAY)
+        .max_message_latency(MOST_DELAY)
+        .tcp_capacity(4096)
+        .build();
+    let mut stage = Stage {
+        sim,
+        network: Turmoil::default(),
+        etcd: Etcd::default(),
+        workers: Vec::new(),
+    };
+    let report = Shared::default();
+    let network = stage.network.network();
+    {
+        let (etcd, network) = (stage.etcd.clone(), network.clone());
+        stage
+            .sim
+            .host(ETCD, move || etcd.clone().serve(network.clone()));
+    }
+    {
+        let (report, network, max_running) = (report.clone(), network.clone(), draws.max_running);
+        stage.sim.host(ROUTER, move || {
+            router(report.clone(), network.clone(), max_running)
+        });
+    }
+    for w in 0..draws.workers {
+        let held = Held::default();
+        stage.workers.push(held.clone());
+        let (settings, network) = (draws.settings.clone(), network.clone());
+        stage.sim.host(host(w), move || {
+            let (settings, network, held) = (settings.clone(), network.clone(), held.clone());
+            async move {
+                // One after the other, and not at the beginning of time.
+                sleep(Duration::from_millis(100 + 50 * w as u64)).await;
+                worker::run(host(w), settings, network, held).await
+            }
+        });
+    }
+    let load = load(
+        report.clone(),
+        network,
+        draws.plans.clone(),
+        stage.workers.clone(),
+    );
+    stage.sim.client("client", load);
+    let mut changes = schedule.into_iter().peekable();
+    loop {
+        while let Some((_, now)) = changes.next_if(|(at, _)| *at <= stage.sim.elapsed()) {
+            now.iter().for_each(|change| stage.change(change));
+        }
+        match stage.sim.step() {
+            Ok(false) => {}
+            Ok(true) => break,
+            Err(error) => return vec![format!("the simulation broke off: {error}")],
+        }
+    }
+    let report = report.take();
+    check(&draws, &report)
+}
+
+/// The router's process.
+async fn router(report: Shared, network: Network, max_running: u32) -> turmoil::Result {
+    let membership = EtcdMembership::on(Handle::current(), etcd::config(network.clone()))?;
+    let args = RouterArgs {
+        network,
+        listen: ([0, 0, 0, 0], ROUTER_PORT).into(),
+        membership: Some(Arc::new(membership)),
+        advertise: Some(format!("{ROUTER}:{ROUTER_PORT}").parse()?),
+        name: Some(ROUTER.into()),
+        max_running,
+        ..RouterArgs::default()
+    };
+    let shutdown = Shutdown::new();
+    report.borrow_mut().router = Some((shutdown.clone(), Handle::current()));
+    Server::bind(args.try_into()?)
+        .await?
+        .serve(shutdown)
+        .await?;
+    Ok(())
+}
+
+/// The clients: the load while things go wrong, and a little when all is quiet again.
+async fn load(
+    report: Shared,
+    network: Network,
+    plans: Vec<Plan>,
+    workers: Vec<Held>,
+) -> turmoil::Result {
+    let start = Instant::now();
+    let config = ClientConfig {
+        network: network.clone(),
+        ..ClientConfig::default()
+    };
+    sleep(START - Duration::from_millis(100)).await;
+    look(&report, &network).await?;
+    let channel = net::channel(&format!("{ROUTER}:{ROUTER_PORT}").parse()?, &config)?;
+    let asked = plans
+        .into_iter()
+        .map(|plan| tokio::spawn(ask(InferenceClient::new(channel.clone()), plan, start)));
+    let asked = join_all(asked.collect::<Vec<_>>());
+    let calm = async {
+        sleep_until(start + CALM + QUIET - Duration::from_secs(1)).await;
+        look(&report, &network).await
+    };
+    let (outcomes, calm) = tokio::join!(asked, calm);
+    calm?;
+    report.borrow_mut().outcomes = outcomes.into_iter().collect::<Result<_, _>>()?;
+    sleep(Duration::from_secs(3)).await;
+    look(&report, &network).await?;
+    drop(channel);
+    end(&report, &workers).await;
+    Ok(())
+}
+
+/// Notes the router's metrics and tasks.
+async fn look(report: &Shared, network: &Network) -> turmoil::Result {
+    let Network::Other(transport) = network else {
+        return Err("not the simulated network".into());
+    };
+    let mut stream = transport
+        .connect(format!("{ROUTER}:{ROUTER_PORT}").parse()?)
+        .await?;
+    let request = "GET /metrics HTTP/1.1\r\nHost: sim\r\nConnection: close\r\n\r\n";
+    stream.write_all(request.as_bytes()).await?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await?;
+    let metrics = text.lines().filter_map(|line| {
+        let (name, value) = line.rsplit_once(' ')?;
+        Some((name.to_owned(), value.parse().ok()?))
+    });
+    let metrics = metrics.collect();
+    // The connection's own task ends.
+    sleep(Duration::from_millis(200)).await;
+    let mut report = report.borrow_mut();
+    let tasks = report
+        .router
+        .as_ref()
+        .map_or(0, |(_, runtime)| runtime.metrics().num_alive_tasks());
+    report.metrics.push(metrics);
+    report.tasks.push(tasks);
+    Ok(())
+}
+
+/// Ends every process in order, the router first.
+async fn end(report: &Shared, workers: &[Held]) {
+    let router = report.borrow().router.clone();
+    let router = router.map(|(shutdown, _)| (ROUTER.to_owned(), shutdown));
+    let workers = workers.iter().enumerate().filter_map(|(w, held)| {
+        let shutdown = held.lock().unwrap().shutdown.clone()?;
+        Some((host(w), shutdown))
+    });
+    for (name, shutdown) in router.into_iter().chain(workers) {
+        shutdown.start();
+        if shutdown.finished(Duration::from_secs(10)).await {
+            report.borrow_mut().finished.push(name);
+        }
+    }
+}
+
+/// The laws that the trace breaks.
+pub(crate) fn check_trace(trace: &Trace) -> Vec<String> {
+    let fruitless = trace.fruitless();
+    let few = fruitless <= 4;
+    (!few)
+        .then(|| format!("a sequence was tried {fruitless} times in a row in vain"))
+        .into_iter()
+        .collect()
+}
+
+/// The laws that were broken.
+fn check(draws: &Draws, report: &Report) -> Vec<String> {
+    let mut broken = Vec::new();
+    let expected = undisturbed::answers(&draws.plans);
+    for outcome in &report.outcomes {
+        let id = outcome.plan.id;
+        for (choice, tokens) in (0..).zip(&outcome.tokens) {
+            let expected = &expected[&(id, choice)];
+            let right = match outcome.end {
+                End::Complete => tokens == expected,
+                End::Failed(..) | End::Left => expected.starts_with(tokens),
+            };
+            if !right {
+                broken.push(format!(
+                    "request {id} was answered {tokens:?}, not {expected:?} ({:?})",
+                    outcome.end
+                ));
+            }
+        }
+        if let End::Failed(code, message) = &outcome.end
+            && !may_fail(draws, outcome, *code)
+        {
+            broken.push(format!(
+                "request {id} failed with {code:?} after {:?}: {message}",
+                outcome.took
+            ));
+        }
+    }
+    broken
+}
+
+/// Whether a request may end with an error.
+fn may_fail(draws: &Draws, outcome: &Outcome, code: Code) -> bool {
+    let plan = &outcome.plan;
+    let late = plan
+        .deadline
+        .is_some_and(|deadline| outcome.took + TICK >= deadline);
+    match code {
+        Code::DeadlineExceeded => late,
+        // A queue that is too long for the deadline, or full.
+        Code::ResourceExhausted => {
+            plan.deadline.is_some() || draws.settings.engine.max_waiting < 10
+        }
+        // Nobody was there.
+        Code::Unavailable => !draws.rock && plan.at < CALM,
+        _ => false,
+    }
+}
