@@ -22,6 +22,7 @@ use tonic::{Code, Status, Streaming, transport::Channel};
 use crate::{
     cluster::{Cluster, LinkConfig},
     model::{BundleError, BundleHash, Model, TextModel},
+    request::LONG_TEXT,
     session::Session,
     watchdog::{Suspicion, Watchdog},
     worker::{Connected, Worker},
@@ -190,9 +191,12 @@ impl Link {
             }
             encoded.extend_from_slice(&chunk.data);
         }
-        let cluster = self.cluster.clone();
-        let build = tokio::task::spawn_blocking(move || cluster.texts.add(&encoded, hash));
-        Ok(build.await??)
+        let (cluster, bytes) = (self.cluster.clone(), encoded.len());
+        let build = move || cluster.texts.add(&encoded, hash);
+        if bytes <= LONG_TEXT {
+            return Ok(build()?);
+        }
+        Ok(tokio::task::spawn_blocking(build).await??)
     }
 
     async fn read(

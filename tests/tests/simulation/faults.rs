@@ -140,7 +140,8 @@ pub(crate) fn host(worker: usize) -> String {
 impl Stage<'_> {
     pub(crate) fn change(&mut self, Change { fault, begins }: &Change) {
         let state = if *begins { "begins" } else { "ends" };
-        tracing::info!(?fault, "{state}");
+        // Outside of every host it would have no time.
+        tracing::info!(at = self.sim.elapsed().as_secs_f64(), ?fault, "{state}");
         let (sim, begins) = (&mut self.sim, *begins);
         match fault {
             Fault::Crash(w) if begins => sim.crash(host(*w)),

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    fmt,
+    env, fmt,
     hash::{DefaultHasher, Hash, Hasher},
     io,
     sync::{Arc, Mutex},
@@ -12,6 +12,13 @@ use tracing_subscriber::{
     EnvFilter,
     fmt::{MakeWriter, format::Writer, time::FormatTime},
 };
+
+/// What is logged, unless `RUST_LOG` wants it otherwise.
+const LEVELS: &str =
+    "warn,simulation=debug,shoal_router=debug,shoal_worker=debug,shoal_fabric=debug";
+
+/// Longest time in seconds between a sequence's way to a worker and its refusal.
+const ROUND_TRIP: f64 = 1.3;
 
 /// The log so far.
 #[derive(Clone, Default)]
@@ -49,9 +56,8 @@ impl Trace {
     /// Collects what this process logs from now on.
     pub(crate) fn start() -> Self {
         let trace = Self::default();
-        let levels = EnvFilter::new(
-            "warn,simulation=debug,shoal_router=debug,shoal_worker=debug,shoal_fabric=debug",
-        );
+        let levels = env::var("RUST_LOG");
+        let levels = EnvFilter::new(levels.as_deref().unwrap_or(LEVELS));
         tracing_subscriber::fmt()
             .with_env_filter(levels)
             .with_timer(SimulatedTime)
@@ -76,21 +82,49 @@ impl Trace {
     /// The most attempts in a row of one sequence that brought no token.
     pub(crate) fn fruitless(&self) -> usize {
         let mut runs: HashMap<(String, String), usize> = HashMap::new();
-        for line in self.text().lines() {
-            let Some((_, fields)) = line.split_once("sequence goes on elsewhere ") else {
-                continue;
-            };
-            let field = |name: &str| {
-                let mut fields = fields.split(' ');
-                fields
-                    .find_map(|f| f.strip_prefix(name))
-                    .unwrap_or_default()
-                    .to_owned()
-            };
-            *runs
-                .entry((field("sequence="), field("output=")))
-                .or_default() += 1;
+        for line in self
+            .text()
+            .lines()
+            .filter(|line| line.contains("sequence goes on elsewhere"))
+        {
+            let key = (field(line, "sequence"), field(line, "output"));
+            *runs.entry(key).or_default() += 1;
         }
         runs.into_values().max().unwrap_or(0)
     }
+
+    /// Sequences that were sent to a worker of which the router knew that it drains.
+    pub(crate) fn misplaced(&self) -> Vec<String> {
+        let mut draining: HashMap<String, f64> = HashMap::new();
+        let mut broken = Vec::new();
+        for line in self.text().lines() {
+            let time: f64 = line
+                .get(..9)
+                .and_then(|t| t.trim().parse().ok())
+                .unwrap_or(0.0);
+            let worker = field(line, "worker");
+            if line.contains("worker changed") && line.contains("DRAINING") {
+                draining.insert(worker, time);
+            } else if line.contains("worker changed") || line.contains("worker connected") {
+                draining.remove(&worker);
+            } else if line.contains("submission refused")
+                && line.contains("DRAINING")
+                && draining
+                    .get(&worker)
+                    .is_some_and(|since| time - since > ROUND_TRIP)
+            {
+                broken.push(format!(
+                    "a sequence was sent to {worker}, which drained: {line}"
+                ));
+            }
+        }
+        broken
+    }
+}
+
+/// The value of a field in a line of the log.
+fn field(line: &str, name: &str) -> String {
+    let fields = line.split(' ');
+    let value = fields.filter_map(|field| field.strip_prefix(name)?.strip_prefix('='));
+    value.last().unwrap_or_default().to_owned()
 }

@@ -1,6 +1,6 @@
 //! One simulation: the cluster, its load and its faults, and the laws that it must keep.
 
-use std::{cell::RefCell, collections::HashMap, rc::Rc, sync::Arc, time::Duration};
+use std::{cell::RefCell, collections::BTreeMap, error::Error, rc::Rc, sync::Arc, time::Duration};
 
 use futures::future::join_all;
 use mad_turmoil::time::SimClocksGuard;
@@ -12,7 +12,7 @@ use shoal_fabric::{
     net::{self, ClientConfig, Network},
     shutdown::Shutdown,
 };
-use shoal_proto::inference::inference_client::InferenceClient;
+use shoal_proto::inference::{ListModelsRequest, inference_client::InferenceClient};
 use shoal_router::{RouterArgs, Server};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -27,7 +27,7 @@ use crate::{
     faults::{self, ETCD, LEAST_DELAY, MOST_DELAY, ROUTER, Stage, host},
     network::Turmoil,
     trace::Trace,
-    worker::{self, Held, Settings, undisturbed},
+    worker::{self, Held, PORT, Settings, undisturbed},
 };
 
 /// Time between deliveries of the network.
@@ -41,6 +41,10 @@ const QUIET: Duration = Duration::from_secs(60);
 /// Longer than anything here takes.
 const LONGEST: Duration = Duration::from_secs(180);
 const ROUTER_PORT: u16 = 8080;
+/// Sequences that the queue of some workers holds.
+const FEW_WAITING: usize = 3;
+/// Attempts in a row without a new token that a sequence has at most after its first.
+const MOST_FRUITLESS: usize = 3;
 /// Requests after all is quiet again, for each worker.
 const LAST: usize = 6;
 
@@ -79,7 +83,11 @@ fn draw(rng: &mut StdRng) -> Draws {
         max_running: if rng.random_bool(0.8) { 256 } else { 5 },
         settings: Settings {
             engine: EngineConfig {
-                max_waiting: if rng.random_bool(0.8) { 1024 } else { 3 },
+                max_waiting: if rng.random_bool(0.8) {
+                    1024
+                } else {
+                    FEW_WAITING
+                },
                 max_running: 8,
                 step_rows: 64,
                 prefill_chunk: 32,
@@ -98,16 +106,38 @@ fn draw(rng: &mut StdRng) -> Draws {
 #[derive(Default)]
 struct Report {
     outcomes: Vec<Outcome>,
-    /// The router's metrics: before the load, when all is quiet, and at the end.
-    metrics: Vec<HashMap<String, f64>>,
-    /// The router's tasks at the same times.
-    tasks: Vec<usize>,
+    /// Before the load, when all is quiet, and at the end.
+    looks: Vec<Look>,
     router: Option<(Shutdown, Handle)>,
     /// The orderly end left nothing behind.
     finished: Vec<String>,
 }
 
 type Shared = Rc<RefCell<Report>>;
+
+/// The cluster at one time.
+struct Look {
+    /// The router's metrics.
+    metrics: BTreeMap<String, f64>,
+    /// The router's tasks.
+    tasks: usize,
+    /// Of each worker: steps so far, and whether it has no sequence.
+    steps: Vec<u64>,
+    idle: Vec<bool>,
+}
+
+impl Look {
+    /// The metrics of that name, whatever their labels, that have another value.
+    fn unlike(&self, name: &str, wanted: f64) -> impl Iterator<Item = String> {
+        let of_name = self.metrics.iter().filter(move |(full, _)| {
+            full.strip_prefix(name)
+                .is_some_and(|labels| labels.is_empty() || labels.starts_with('{'))
+        });
+        of_name
+            .filter(move |(_, value)| **value != wanted)
+            .map(|(full, value)| format!("{full} is {value}"))
+    }
+}
 
 /// Runs the seed; the laws that it breaks.
 pub(crate) fn run(seed: u64) -> Vec<String> {
@@ -211,29 +241,40 @@ async fn load(
         network: network.clone(),
         ..ClientConfig::default()
     };
-    sleep(START - Duration::from_millis(100)).await;
-    look(&report, &network).await?;
     let channel = net::channel(&format!("{ROUTER}:{ROUTER_PORT}").parse()?, &config)?;
+    sleep(START - Duration::from_millis(500)).await;
+    // The load's connection is open from here on.
+    let mut client = InferenceClient::new(channel);
+    client.list_models(ListModelsRequest {}).await?;
+    let see = async || {
+        let look = look(&report, &network, &workers).await?;
+        report.borrow_mut().looks.push(look);
+        turmoil::Result::Ok(())
+    };
+    see().await?;
     let asked = plans
         .into_iter()
-        .map(|plan| tokio::spawn(ask(InferenceClient::new(channel.clone()), plan, start)));
+        .map(|plan| tokio::spawn(ask(client.clone(), plan, start)));
     let asked = join_all(asked.collect::<Vec<_>>());
     let calm = async {
         sleep_until(start + CALM + QUIET - Duration::from_secs(1)).await;
-        look(&report, &network).await
+        see().await
     };
     let (outcomes, calm) = tokio::join!(asked, calm);
     calm?;
     report.borrow_mut().outcomes = outcomes.into_iter().collect::<Result<_, _>>()?;
-    sleep(Duration::from_secs(3)).await;
-    look(&report, &network).await?;
-    drop(channel);
+    sleep(Duration::from_secs(1)).await;
+    see().await?;
+    drop(client);
     end(&report, &workers).await;
     Ok(())
 }
 
-/// Notes the router's metrics and tasks.
-async fn look(report: &Shared, network: &Network) -> turmoil::Result {
+async fn look(
+    report: &Shared,
+    network: &Network,
+    workers: &[Held],
+) -> Result<Look, Box<dyn Error>> {
     let Network::Other(transport) = network else {
         return Err("not the simulated network".into());
     };
@@ -244,21 +285,23 @@ async fn look(report: &Shared, network: &Network) -> turmoil::Result {
     stream.write_all(request.as_bytes()).await?;
     let mut text = String::new();
     stream.read_to_string(&mut text).await?;
+    drop(stream);
     let metrics = text.lines().filter_map(|line| {
         let (name, value) = line.rsplit_once(' ')?;
         Some((name.to_owned(), value.parse().ok()?))
     });
-    let metrics = metrics.collect();
     // The connection's own task ends.
     sleep(Duration::from_millis(200)).await;
-    let mut report = report.borrow_mut();
-    let tasks = report
-        .router
-        .as_ref()
-        .map_or(0, |(_, runtime)| runtime.metrics().num_alive_tasks());
-    report.metrics.push(metrics);
-    report.tasks.push(tasks);
-    Ok(())
+    let report = report.borrow();
+    let runtime = report.router.as_ref().map(|(_, runtime)| runtime.metrics());
+    let engine = |held: &Held| held.lock().unwrap().engine.clone();
+    let engines = || workers.iter().filter_map(engine);
+    Ok(Look {
+        metrics: metrics.collect(),
+        tasks: runtime.map_or(0, |metrics| metrics.num_alive_tasks()),
+        steps: engines().map(|engine| engine.steps()).collect(),
+        idle: engines().map(|engine| engine.is_idle()).collect(),
+    })
 }
 
 /// Ends every process in order, the router first.
@@ -279,12 +322,14 @@ async fn end(report: &Shared, workers: &[Held]) {
 
 /// The laws that the trace breaks.
 pub(crate) fn check_trace(trace: &Trace) -> Vec<String> {
+    let mut broken = trace.misplaced();
     let fruitless = trace.fruitless();
-    let few = fruitless <= 4;
-    (!few)
-        .then(|| format!("a sequence was tried {fruitless} times in a row in vain"))
-        .into_iter()
-        .collect()
+    if fruitless > MOST_FRUITLESS {
+        broken.push(format!(
+            "a sequence went on {fruitless} times without a token"
+        ));
+    }
+    broken
 }
 
 /// The laws that were broken.
@@ -300,37 +345,91 @@ fn check(draws: &Draws, report: &Report) -> Vec<String> {
                 End::Failed(..) | End::Left => expected.starts_with(tokens),
             };
             if !right {
+                let end = &outcome.end;
                 broken.push(format!(
-                    "request {id} was answered {tokens:?}, not {expected:?} ({:?})",
-                    outcome.end
+                    "request {id} got {tokens:?}, not {expected:?} ({end:?})"
                 ));
             }
         }
         if let End::Failed(code, message) = &outcome.end
             && !may_fail(draws, outcome, *code)
         {
+            let took = outcome.took;
             broken.push(format!(
-                "request {id} failed with {code:?} after {:?}: {message}",
-                outcome.took
+                "request {id} failed after {took:?}: {code:?}, {message}"
             ));
         }
     }
+    let [before, calm, after] = &report.looks[..] else {
+        broken.push("the simulation did not come to its end".into());
+        return broken;
+    };
+    for (when, look) in [("when all was quiet", calm), ("at the end", after)] {
+        for (name, wanted) in [
+            ("shoal_requests_running", 0.0),
+            ("shoal_requests_waiting", 0.0),
+            ("shoal_worker_sequences", 0.0),
+            ("shoal_worker_suspected", 0.0),
+            ("shoal_worker_up", 1.0),
+            ("shoal_worker_ready", 1.0),
+        ] {
+            broken.extend(
+                look.unlike(name, wanted)
+                    .map(|line| format!("{when}: {line}")),
+            );
+        }
+        for w in 0..draws.workers {
+            let is_known = look
+                .metrics
+                .iter()
+                .any(|(name, _)| name.contains(&worker_label(w)));
+            if !is_known {
+                broken.push(format!("{when}: {} is no worker", host(w)));
+            }
+            if !look.idle[w] {
+                broken.push(format!("{when}: {} has sequences of nobody", host(w)));
+            }
+        }
+        let (now, then) = (look.tasks, before.tasks);
+        if now > then {
+            broken.push(format!(
+                "{when}: the router has {now} tasks, {then} before the load"
+            ));
+        }
+    }
+    broken.extend(after.unlike("shoal_worker_breaker_open", 0.0));
+    for w in 0..draws.workers {
+        if calm.steps[w] == after.steps[w] {
+            broken.push(format!("{} is not used again", host(w)));
+        }
+        if !report.finished.contains(&host(w)) {
+            broken.push(format!("{} left tasks behind at its end", host(w)));
+        }
+    }
+    if !report.finished.iter().any(|name| name == ROUTER) {
+        broken.push("the router left tasks behind at its end".into());
+    }
     broken
+}
+
+/// A worker in the labels of the router's metrics.
+fn worker_label(worker: usize) -> String {
+    format!("worker=\"{}:{PORT}\"", host(worker))
 }
 
 /// Whether a request may end with an error.
 fn may_fail(draws: &Draws, outcome: &Outcome, code: Code) -> bool {
     let plan = &outcome.plan;
-    let late = plan
-        .deadline
-        .is_some_and(|deadline| outcome.took + TICK >= deadline);
     match code {
-        Code::DeadlineExceeded => late,
+        // The second is the word of the client's own clock.
+        Code::DeadlineExceeded | Code::Cancelled => plan
+            .deadline
+            .is_some_and(|deadline| outcome.took + 2 * TICK >= deadline),
         // A queue that is too long for the deadline, or full.
         Code::ResourceExhausted => {
-            plan.deadline.is_some() || draws.settings.engine.max_waiting < 10
+            plan.deadline.is_some() || draws.settings.engine.max_waiting == FEW_WAITING
         }
-        // Nobody was there.
+        // There was nobody.
         Code::Unavailable => !draws.rock && plan.at < CALM,
         _ => false,
     }
