@@ -10,7 +10,8 @@ use shoal_proto::{
     PROTOCOL_VERSION,
     worker::{
         BulkRequest, DescribeRequest, FetchTokenizerRequest, FollowPages, ModelDescription,
-        WorkerFrame, bulk_frame, bulk_request, worker_client::WorkerClient, worker_frame::Frame,
+        RejectReason, WorkerFrame, bulk_frame, bulk_request, worker_client::WorkerClient,
+        worker_frame::Frame,
     },
 };
 use tokio::{
@@ -65,6 +66,8 @@ enum LinkError {
     Timeout(#[from] tokio::time::error::Elapsed),
     #[error("the session ended")]
     Ended,
+    #[error("it has started anew since it was described")]
+    Restarted,
     #[error("{0:?} for {1:?}")]
     Lifeless(Suspicion, Duration),
 }
@@ -215,7 +218,7 @@ impl Link {
                     dog.hear();
                     // None is a frame of a newer worker.
                     if let Some(frame) = frame {
-                        self.take(connected, frame, &mut dog);
+                        self.take(connected, frame, &mut dog)?;
                     }
                     if dog.suspicion().is_none() && connected.set_suspected(false) {
                         tracing::info!(worker = %self.worker.address, "the worker is back");
@@ -232,7 +235,12 @@ impl Link {
         }
     }
 
-    fn take(&self, connected: &Connected, frame: Frame, dog: &mut Watchdog) {
+    fn take(
+        &self,
+        connected: &Connected,
+        frame: Frame,
+        dog: &mut Watchdog,
+    ) -> Result<(), LinkError> {
         match frame {
             Frame::Step(output) => {
                 dog.hear_step(output.step);
@@ -241,7 +249,14 @@ impl Link {
                 }
                 connected.session.deliver(output);
             }
-            Frame::Rejected(rejected) => connected.session.reject(rejected),
+            Frame::Rejected(rejected) => {
+                let stale = rejected.reason() == RejectReason::StaleEpoch;
+                connected.session.reject(rejected);
+                // The session went to another start of it than the description came from.
+                if stale {
+                    return Err(LinkError::Restarted);
+                }
+            }
             Frame::State(change) => {
                 tracing::info!(
                     worker = %self.worker.address,
@@ -259,6 +274,7 @@ impl Link {
                 }
             }
         }
+        Ok(())
     }
 
     /// The worker gets nothing new, and what it has moves where it can.

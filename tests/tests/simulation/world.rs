@@ -1,6 +1,9 @@
 //! One simulation: the cluster, its load and its faults, and the laws that it must keep.
 
-use std::{cell::RefCell, collections::BTreeMap, error::Error, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    cell::RefCell, collections::BTreeMap, error::Error, future::pending, rc::Rc, sync::Arc,
+    time::Duration,
+};
 
 use futures::future::join_all;
 use mad_turmoil::time::SimClocksGuard;
@@ -182,7 +185,8 @@ pub(crate) fn run(seed: u64) -> Vec<String> {
             async move {
                 // One after the other, and not at the beginning of time.
                 sleep(Duration::from_millis(100 + 50 * w as u64)).await;
-                worker::run(host(w), settings, network, held).await
+                worker::run(host(w), settings, network, held).await?;
+                pending().await
             }
         });
     }
@@ -226,7 +230,8 @@ async fn router(report: Shared, network: Network, max_running: u32) -> turmoil::
         .await?
         .serve(shutdown)
         .await?;
-    Ok(())
+    // What it has sent last is on its way.
+    pending().await
 }
 
 /// The clients: the load while things go wrong, and a little when all is quiet again.
