@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use rand::{Rng, RngExt, rngs::StdRng};
+use rand::{Rng, RngExt, rngs::StdRng, seq::IndexedRandom};
 use shoal_proto::inference::{
     GenerateRequest, Sampling, Stopping, TokenIds, generate_request::Prompt,
     inference_client::InferenceClient,
@@ -26,6 +26,10 @@ pub(crate) struct Plan {
     pub(crate) temperature: f32,
     pub(crate) seed: u64,
     pub(crate) choices: u32,
+    /// Ends a choice before it.
+    pub(crate) stop: Option<String>,
+    pub(crate) session: String,
+    pub(crate) user: String,
     pub(crate) streamed: bool,
     pub(crate) deadline: Option<Duration>,
     /// The client leaves.
@@ -68,11 +72,46 @@ impl Plan {
             max_tokens: rng.random_range(1..120),
             temperature: if rng.random_bool(0.5) { 0.0 } else { 1.0 },
             seed: rng.next_u64() >> 11,
+            stop: rng.random_bool(0.3).then(|| {
+                let letters = (0..rng.random_range(1..3)).map(|_| rng.random_range('a'..='z'));
+                letters.collect()
+            }),
+            session: ["", "", "one", "two"]
+                .choose(rng)
+                .copied()
+                .unwrap_or("")
+                .into(),
+            user: ["", "ann", "bob", "eve", "joe"]
+                .choose(rng)
+                .copied()
+                .unwrap_or("")
+                .into(),
             choices: if rng.random_bool(0.1) { 2 } else { 1 },
             streamed: rng.random_bool(0.7),
             deadline: rng.random_bool(0.2).then(|| ms(rng, 100..4000)),
             leaves: rng.random_bool(0.2).then(|| ms(rng, 1..3000)),
         }
+    }
+
+    /// The same without a deadline or an impatient client.
+    pub(crate) fn whole(id: u64, at: Duration, rng: &mut StdRng) -> Self {
+        Self {
+            deadline: None,
+            leaves: None,
+            ..Self::draw(id, at, rng)
+        }
+    }
+
+    /// Of the tokens that a worker makes, those that are the answer.
+    pub(crate) fn answer<'a>(&self, tokens: &'a [u32]) -> &'a [u32] {
+        let Some(stop) = &self.stop else {
+            return tokens;
+        };
+        let stop: Vec<u32> = stop.bytes().map(u32::from).collect();
+        let end = tokens
+            .windows(stop.len())
+            .position(|letters| letters == stop);
+        &tokens[..end.unwrap_or(tokens.len())]
     }
 
     fn request(&self) -> Request<GenerateRequest> {
@@ -90,8 +129,11 @@ impl Plan {
             stopping: Some(Stopping {
                 max_tokens: Some(self.max_tokens),
                 ignore_eos: true,
+                stop: self.stop.iter().cloned().collect(),
                 ..Stopping::default()
             }),
+            session_id: self.session.clone(),
+            user: self.user.clone(),
             ..GenerateRequest::default()
         });
         if let Some(deadline) = self.deadline {

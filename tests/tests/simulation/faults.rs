@@ -3,12 +3,13 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use rand::{RngExt, rngs::StdRng, seq::IndexedRandom};
+use shoal_fabric::shutdown::Shutdown;
 use turmoil::Sim;
 
 use crate::{
     etcd::Etcd,
     network::Turmoil,
-    worker::{Held, MODEL},
+    worker::{Failure, Held, MODEL},
 };
 
 pub(crate) const ROUTER: &str = "router";
@@ -36,6 +37,10 @@ pub(crate) enum Fault {
     Slow(usize, Duration),
     /// Its connections are reset, once.
     Reset(usize),
+    /// One of its steps fails.
+    Step(usize, Failure),
+    /// It ends in order, and comes back.
+    Leave(usize),
     /// Operators want it drained; what is left is given up after some time, if any.
     Drain(usize, Option<Duration>),
     /// Its lease is lost, once.
@@ -87,7 +92,7 @@ pub(crate) fn draw(workers: usize, rock: bool, end: Duration, rng: &mut StdRng) 
                 1..4 => ms(rng, 1000..4000),
                 _ => ms(rng, 50..1000),
             };
-            let fault = match rng.random_range(0..12) {
+            let fault = match rng.random_range(0..16) {
                 0..3 => Fault::Crash(w),
                 3 | 4 => Fault::Hang(w),
                 5 => Fault::Stop(w),
@@ -100,7 +105,11 @@ pub(crate) fn draw(workers: usize, rock: bool, end: Duration, rng: &mut StdRng) 
                 8 => Fault::Slow(w, ms(rng, 20..600)),
                 9 => Fault::Reset(w),
                 10 => Fault::Drain(w, rng.random_bool(0.5).then(|| ms(rng, 0..2000))),
-                _ => Fault::Drain(w, None),
+                11 => Fault::Drain(w, None),
+                12 => Fault::Step(w, Failure::Pages),
+                13 => Fault::Step(w, Failure::Device),
+                14 => Fault::Step(w, Failure::Model),
+                _ => Fault::Leave(w),
             };
             add(at, at + time, fault);
             at += time + ms(rng, 100..5000);
@@ -168,6 +177,16 @@ impl Stage<'_> {
                 sim.set_link_max_message_latency(ROUTER, host(*w), MOST_DELAY);
             }
             Fault::Reset(w) if begins => self.network.reset(&host(*w)),
+            Fault::Step(w, failure) if begins => {
+                self.workers[*w].lock().unwrap().fails = Some(*failure);
+            }
+            Fault::Leave(w) if begins => {
+                let shutdown = self.workers[*w].lock().unwrap().shutdown.clone();
+                shutdown.iter().for_each(Shutdown::start);
+            }
+            // Its supervisor starts it again.
+            Fault::Step(w, Failure::Model) | Fault::Leave(w) => sim.bounce(host(*w)),
+            Fault::Step(..) => {}
             Fault::Drain(w, patience) => {
                 let path = format!("intent/{}", host(*w));
                 let deadline = patience.map(|patience| (sim.elapsed() + patience).as_millis());

@@ -38,6 +38,8 @@ const PAGES: u32 = 48;
 /// What a step takes, and each of its rows.
 const STEP: Duration = Duration::from_millis(15);
 const ROW: Duration = Duration::from_micros(500);
+/// For the sequences of a worker that ends in order.
+const DRAIN: Duration = Duration::from_secs(1);
 /// Between looks at an idle engine.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -75,6 +77,7 @@ struct Model {
     /// Of each place in the pool, a hash of the tokens up to there.
     past: Vec<u64>,
     clock: Arc<StepClock>,
+    held: Held,
 }
 
 /// The time, a step's own included, which passes only after it.
@@ -97,7 +100,7 @@ impl StepClock {
 }
 
 impl Model {
-    fn new(clock: Arc<StepClock>) -> Self {
+    fn new(clock: Arc<StepClock>, held: Held) -> Self {
         let spec = ModelSpec {
             architecture: Architecture::Llama,
             name: MODEL.into(),
@@ -124,6 +127,7 @@ impl Model {
             spec,
             past: vec![0; PAGES as usize * PAGE],
             clock,
+            held,
         }
     }
 }
@@ -155,6 +159,15 @@ impl Backend for Model {
 
     fn step(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
         self.clock.spend(STEP + ROW * batch.tokens.len() as u32);
+        match self.held.lock().unwrap().fails.take() {
+            None => {}
+            Some(Failure::Pages) => {
+                self.past.fill(0);
+                return Err(BackendError::NoGroup);
+            }
+            Some(Failure::Device) => return Err(BackendError::Device("as drawn".into())),
+            Some(Failure::Model) => return Err(BackendError::Plan),
+        }
         let mut hashes = vec![0; batch.tokens.len()];
         for segment in batch.segments {
             let pages = &batch.page_table[segment.pages.start as usize..segment.pages.end as usize];
@@ -177,11 +190,24 @@ impl Backend for Model {
     }
 }
 
+/// How a step fails.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Failure {
+    /// All pages are lost.
+    Pages,
+    /// The next one may be better.
+    Device,
+    /// There is no other one, and the process ends.
+    Model,
+}
+
 /// What the simulation holds of a worker's process.
 #[derive(Debug, Default)]
 pub(crate) struct Hand {
     /// Its engine makes no step.
     pub(crate) hung: bool,
+    /// Its next step does.
+    pub(crate) fails: Option<Failure>,
     pub(crate) engine: Option<EngineHandle>,
     pub(crate) shutdown: Option<Shutdown>,
 }
@@ -203,7 +229,10 @@ pub(crate) async fn run(
     held: Held,
 ) -> turmoil::Result {
     let shutdown = Shutdown::new();
-    held.lock().unwrap().shutdown = Some(shutdown.clone());
+    *held.lock().unwrap() = Hand {
+        shutdown: Some(shutdown.clone()),
+        ..Hand::default()
+    };
     let listen = ListenConfig {
         network: network.clone(),
         address: ([0, 0, 0, 0], PORT).into(),
@@ -215,8 +244,9 @@ pub(crate) async fn run(
     config.group = Some(name.clone());
     config.advertise = Some(format!("{name}:{PORT}").parse()?);
     config.engine = settings.engine;
+    config.drain = DRAIN;
     let clock = Arc::new(StepClock::default());
-    let model = Model::new(clock.clone());
+    let model = Model::new(clock.clone(), held.clone());
     let load = |_: &WorkerConfig| {
         Ok(Loaded {
             backend: Box::new(model),
@@ -276,9 +306,11 @@ pub(crate) mod undisturbed {
     }
 
     /// The tokens of every choice of every request, each alone.
-    pub(crate) fn answers(plans: &[Plan]) -> HashMap<(u64, u32), Vec<u32>> {
+    pub(crate) fn answers<'a>(
+        plans: impl Iterator<Item = &'a Plan>,
+    ) -> HashMap<(u64, u32), Vec<u32>> {
         let sink = Answers::default();
-        let model = Box::new(Model::new(Arc::default()));
+        let model = Box::new(Model::new(Arc::default(), Held::default()));
         let config = EngineConfig {
             speculation: Speculation::Off,
             prefix_cache: false,
