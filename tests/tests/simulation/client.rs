@@ -102,6 +102,11 @@ impl Plan {
         }
     }
 
+    /// Whether the client reads its stream slowly.
+    pub(crate) fn is_slow(&self) -> bool {
+        self.id.is_multiple_of(7)
+    }
+
     /// Of the tokens that a worker makes, those that are the answer.
     pub(crate) fn answer<'a>(&self, tokens: &'a [u32]) -> &'a [u32] {
         let Some(stop) = &self.stop else {
@@ -190,8 +195,7 @@ async fn answer(
     let mut chunks = client.generate_stream(plan.request()).await?.into_inner();
     while let Some(chunk) = chunks.message().await? {
         tokens.lock().unwrap()[chunk.index as usize].extend(chunk.token_ids);
-        if plan.id.is_multiple_of(7) {
-            // A slow reader.
+        if plan.is_slow() {
             sleep(Duration::from_millis(50)).await;
         }
     }

@@ -18,6 +18,9 @@ pub(crate) const ETCD: &str = "etcd";
 pub(crate) const LEAST_DELAY: Duration = Duration::from_millis(1);
 pub(crate) const MOST_DELAY: Duration = Duration::from_millis(10);
 
+/// The time in which a link that has died unnoticed is made anew.
+const RECOVERY: Duration = Duration::from_secs(12);
+
 /// What is wrong for a while.
 #[derive(Clone, Debug)]
 pub(crate) enum Fault {
@@ -55,6 +58,31 @@ pub(crate) enum Fault {
     EtcdCut,
     /// etcd forgets its history, and its watches may have to start anew.
     Compaction,
+}
+
+impl Fault {
+    /// The worker that it keeps from its work.
+    fn worker(&self) -> Option<usize> {
+        match self {
+            Self::Crash(w)
+            | Self::Hang(w)
+            | Self::Stop(w)
+            | Self::Cut(w)
+            | Self::Mute(w)
+            | Self::Deaf(w)
+            | Self::Slow(w, _)
+            | Self::Reset(w)
+            | Self::Step(w, _)
+            | Self::Leave(w)
+            | Self::Drain(w, _) => Some(*w),
+            Self::Lease(_)
+            | Self::Forgotten(_)
+            | Self::Ghost
+            | Self::EtcdCrash
+            | Self::EtcdCut
+            | Self::Compaction => None,
+        }
+    }
 }
 
 /// A fault's beginning or end.
@@ -133,6 +161,20 @@ pub(crate) fn draw(workers: usize, rock: bool, end: Duration, rng: &mut StdRng) 
     schedule
 }
 
+/// Whether a worker was well from one time to another, so that the router could use it: no fault
+/// has kept it from its work, nor had done so shortly before.
+pub(crate) fn is_well(schedule: &Schedule, worker: usize, from: Duration, to: Duration) -> bool {
+    let mut wrong = false;
+    let mut until = Duration::ZERO;
+    for (&at, changes) in schedule.range(..=to) {
+        for change in changes.iter().filter(|c| c.fault.worker() == Some(worker)) {
+            wrong = change.begins;
+            until = at + RECOVERY;
+        }
+    }
+    !wrong && (until == Duration::ZERO || until <= from)
+}
+
 /// What faults act on.
 pub(crate) struct Stage<'a> {
     pub(crate) sim: Sim<'a>,
@@ -147,6 +189,15 @@ pub(crate) fn host(worker: usize) -> String {
 }
 
 impl Stage<'_> {
+    /// Starts workers anew whose processes have ended in failure, as their supervisor does.
+    pub(crate) fn supervise(&mut self) {
+        for (w, held) in self.workers.iter().enumerate() {
+            if std::mem::take(&mut held.lock().unwrap().failed) {
+                self.sim.bounce(host(w));
+            }
+        }
+    }
+
     pub(crate) fn change(&mut self, Change { fault, begins }: &Change) {
         let state = if *begins { "begins" } else { "ends" };
         // Outside of every host it would have no time.
@@ -184,9 +235,8 @@ impl Stage<'_> {
                 let shutdown = self.workers[*w].lock().unwrap().shutdown.clone();
                 shutdown.iter().for_each(Shutdown::start);
             }
-            // Its supervisor starts it again.
-            Fault::Step(w, Failure::Model) | Fault::Leave(w) => sim.bounce(host(*w)),
-            Fault::Step(..) => {}
+            Fault::Step(w, _) => self.workers[*w].lock().unwrap().fails = None,
+            Fault::Leave(w) => sim.bounce(host(*w)),
             Fault::Drain(w, patience) => {
                 let path = format!("intent/{}", host(*w));
                 let deadline = patience.map(|patience| (sim.elapsed() + patience).as_millis());

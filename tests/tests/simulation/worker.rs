@@ -208,6 +208,8 @@ pub(crate) struct Hand {
     pub(crate) hung: bool,
     /// Its next step does.
     pub(crate) fails: Option<Failure>,
+    /// The process has ended in failure.
+    pub(crate) failed: bool,
     pub(crate) engine: Option<EngineHandle>,
     pub(crate) shutdown: Option<Shutdown>,
 }

@@ -27,7 +27,7 @@ use tonic::{Code, transport::Channel};
 use crate::{
     client::{End, Outcome, Plan, ask},
     etcd::{self, Etcd},
-    faults::{self, ETCD, LEAST_DELAY, MOST_DELAY, ROUTER, Stage, host},
+    faults::{self, ETCD, LEAST_DELAY, MOST_DELAY, ROUTER, Schedule, Stage, host, is_well},
     network::Turmoil,
     trace::Trace,
     worker::{self, Held, PORT, Settings, undisturbed},
@@ -50,6 +50,8 @@ const FEW_WAITING: usize = 3;
 const MOST_FRUITLESS: usize = 3;
 /// Of the requests that the router is asked just before its end.
 const LAST_IDS: u64 = 2000;
+/// A request takes no longer, queue and pauses included, where a worker is always well.
+const LONGEST_ANSWER: Duration = Duration::from_secs(10);
 /// Requests after all is quiet again, for each worker.
 const LAST: usize = 6;
 
@@ -124,7 +126,8 @@ struct Look {
     metrics: BTreeMap<String, f64>,
     /// The router's tasks.
     tasks: usize,
-    /// Of each worker: steps so far, and whether it has no sequence.
+    /// Of each worker: open sessions, steps so far, and whether it has no sequence.
+    sessions: Vec<f64>,
     steps: Vec<u64>,
     idle: Vec<bool>,
 }
@@ -162,6 +165,7 @@ pub(crate) fn run(seed: u64) -> Vec<String> {
         etcd: Etcd::default(),
         workers: Vec::new(),
     };
+    tracing::info!(draws.workers, draws.rock, draws.max_running, ?draws.settings, "begins");
     let report = Shared::default();
     let network = stage.network.network();
     {
@@ -185,8 +189,10 @@ pub(crate) fn run(seed: u64) -> Vec<String> {
             async move {
                 // One after the other, and not at the beginning of time.
                 sleep(Duration::from_millis(100 + 50 * w as u64)).await;
-                if let Err(error) = worker::run(host(w), settings, network, held).await {
+                let run = worker::run(host(w), settings, network, held.clone());
+                if let Err(error) = run.await {
                     tracing::warn!(error, "the worker's process has ended");
+                    held.lock().unwrap().failed = true;
                 }
                 pending().await
             }
@@ -199,11 +205,12 @@ pub(crate) fn run(seed: u64) -> Vec<String> {
         stage.workers.clone(),
     );
     stage.sim.client("client", load);
-    let mut changes = schedule.into_iter().peekable();
+    let mut changes = schedule.iter().peekable();
     loop {
-        while let Some((_, now)) = changes.next_if(|(at, _)| *at <= stage.sim.elapsed()) {
+        while let Some((_, now)) = changes.next_if(|(at, _)| **at <= stage.sim.elapsed()) {
             now.iter().for_each(|change| stage.change(change));
         }
+        stage.supervise();
         match stage.sim.step() {
             Ok(false) => {}
             Ok(true) => break,
@@ -211,7 +218,7 @@ pub(crate) fn run(seed: u64) -> Vec<String> {
         }
     }
     let report = report.take();
-    check(&draws, &report)
+    check(&draws, &schedule, &report)
 }
 
 /// The router's process.
@@ -280,21 +287,12 @@ async fn look(
     network: &Network,
     workers: &[Held],
 ) -> Result<Look, Box<dyn Error>> {
-    let Network::Other(transport) = network else {
-        return Err("not the simulated network".into());
-    };
-    let mut stream = transport
-        .connect(format!("{ROUTER}:{ROUTER_PORT}").parse()?)
-        .await?;
-    let request = "GET /metrics HTTP/1.1\r\nHost: sim\r\nConnection: close\r\n\r\n";
-    stream.write_all(request.as_bytes()).await?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).await?;
-    drop(stream);
-    let metrics = text.lines().filter_map(|line| {
-        let (name, value) = line.rsplit_once(' ')?;
-        Some((name.to_owned(), value.parse().ok()?))
-    });
+    let mut sessions = Vec::new();
+    for w in 0..workers.len() {
+        let metrics = metrics(network, &host(w), PORT).await?;
+        sessions.extend(metrics.get("shoal_worker_sessions"));
+    }
+    let metrics = metrics(network, ROUTER, ROUTER_PORT).await?;
     // The connection's own task ends.
     sleep(Duration::from_millis(200)).await;
     let report = report.borrow();
@@ -302,11 +300,35 @@ async fn look(
     let engine = |held: &Held| held.lock().unwrap().engine.clone();
     let engines = || workers.iter().filter_map(engine);
     Ok(Look {
-        metrics: metrics.collect(),
+        metrics,
         tasks: runtime.map_or(0, |metrics| metrics.num_alive_tasks()),
+        sessions,
         steps: engines().map(|engine| engine.steps()).collect(),
-        idle: engines().map(|engine| engine.is_idle()).collect(),
+        idle: engines()
+            .map(|engine| engine.is_idle() && engine.load().kv_usage == 0.0)
+            .collect(),
     })
+}
+
+/// The metrics of a process, by their names with labels.
+async fn metrics(
+    network: &Network,
+    host: &str,
+    port: u16,
+) -> Result<BTreeMap<String, f64>, Box<dyn Error>> {
+    let Network::Other(transport) = network else {
+        return Err("not the simulated network".into());
+    };
+    let mut stream = transport.connect(format!("{host}:{port}").parse()?).await?;
+    let request = "GET /metrics HTTP/1.1\r\nHost: sim\r\nConnection: close\r\n\r\n";
+    stream.write_all(request.as_bytes()).await?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await?;
+    let metrics = text.lines().filter_map(|line| {
+        let (name, value) = line.rsplit_once(' ')?;
+        Some((name.to_owned(), value.parse().ok()?))
+    });
+    Ok(metrics.collect())
 }
 
 /// Ends every process in order, the router first: it still answers what it was asked.
@@ -352,12 +374,15 @@ pub(crate) fn check_trace(trace: &Trace) -> Vec<String> {
 }
 
 /// The laws that were broken.
-fn check(draws: &Draws, report: &Report) -> Vec<String> {
+fn check(draws: &Draws, schedule: &Schedule, report: &Report) -> Vec<String> {
     let mut broken = Vec::new();
     let plans = report.outcomes.iter().map(|outcome| &outcome.plan);
     let expected = undisturbed::answers(plans);
     for outcome in &report.outcomes {
         let id = outcome.plan.id;
+        if draws.rock && !outcome.plan.is_slow() && outcome.took > LONGEST_ANSWER {
+            broken.push(format!("request {id} took {:?}", outcome.took));
+        }
         for (choice, tokens) in (0..).zip(&outcome.tokens) {
             let expected = outcome.plan.answer(&expected[&(id, choice)]);
             let right = match outcome.end {
@@ -372,7 +397,7 @@ fn check(draws: &Draws, report: &Report) -> Vec<String> {
             }
         }
         if let End::Failed(code, message) = &outcome.end
-            && !may_fail(draws, outcome, *code)
+            && !may_fail(draws, schedule, outcome, *code)
         {
             let took = outcome.took;
             broken.push(format!(
@@ -406,6 +431,10 @@ fn check(draws: &Draws, report: &Report) -> Vec<String> {
             if !is_known {
                 broken.push(format!("{when}: {} is no worker", host(w)));
             }
+            if look.sessions[w] != 1.0 {
+                let open = look.sessions[w];
+                broken.push(format!("{when}: {} has {open} sessions", host(w)));
+            }
             if !look.idle[w] {
                 broken.push(format!("{when}: {} has sequences of nobody", host(w)));
             }
@@ -438,7 +467,7 @@ fn worker_label(worker: usize) -> String {
 }
 
 /// Whether a request may end with an error.
-fn may_fail(draws: &Draws, outcome: &Outcome, code: Code) -> bool {
+fn may_fail(draws: &Draws, schedule: &Schedule, outcome: &Outcome, code: Code) -> bool {
     let plan = &outcome.plan;
     match code {
         // The second is the word of the client's own clock.
@@ -449,8 +478,11 @@ fn may_fail(draws: &Draws, outcome: &Outcome, code: Code) -> bool {
         Code::ResourceExhausted => {
             plan.deadline.is_some() || draws.settings.engine.max_waiting == FEW_WAITING
         }
-        // There was nobody.
-        Code::Unavailable => !draws.rock && plan.at < CALM,
+        // There was nobody to answer it.
+        Code::Unavailable => {
+            let end = plan.at + outcome.took;
+            !(0..draws.workers).any(|w| is_well(schedule, w, plan.at, end))
+        }
         _ => false,
     }
 }
