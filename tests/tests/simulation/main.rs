@@ -4,11 +4,14 @@
 //!
 //! Each seed is a process, in which nothing but the seed is random.
 
+#![allow(clippy::unwrap_used)]
 #![forbid(unsafe_code)]
 
 mod client;
 mod etcd;
 mod faults;
+mod laws;
+mod look;
 mod network;
 mod trace;
 mod worker;
@@ -62,7 +65,7 @@ fn one(seed: u64) -> ExitCode {
     let broken = run
         .join()
         .unwrap_or_else(|_| vec!["the simulation panicked".into()]);
-    let broken = [broken, world::check_trace(&trace)].concat();
+    let broken = [broken, laws::check_trace(&trace)].concat();
     println!("seed {seed}: trace {:016x}", trace.digest());
     if broken.is_empty() && env::var_os("SHOAL_SIMULATION_TRACE").is_none() {
         return ExitCode::SUCCESS;

@@ -217,16 +217,10 @@ pub(crate) struct Hand {
 /// A hand on a worker, whichever process it is by now.
 pub(crate) type Held = Arc<Mutex<Hand>>;
 
-/// The settings that a seed draws.
-#[derive(Clone, Debug)]
-pub(crate) struct Settings {
-    pub(crate) engine: EngineConfig,
-}
-
 /// The process, until its host crashes or it is shut down.
 pub(crate) async fn run(
     name: String,
-    settings: Settings,
+    engine: EngineConfig,
     network: Network,
     held: Held,
 ) -> turmoil::Result {
@@ -245,7 +239,7 @@ pub(crate) async fn run(
     config.membership = Arc::new(Etcd::on(Handle::current(), etcd::config(network))?);
     config.group = Some(name.clone());
     config.advertise = Some(format!("{name}:{PORT}").parse()?);
-    config.engine = settings.engine;
+    config.engine = engine;
     config.drain = DRAIN;
     let clock = Arc::new(StepClock::default());
     let model = Model::new(clock.clone(), held.clone());
