@@ -124,7 +124,7 @@ impl Trace {
 
 /// The value of a field in a line of the log.
 fn field(line: &str, name: &str) -> String {
-    let fields = line.split(' ');
-    let value = fields.filter_map(|field| field.strip_prefix(name)?.strip_prefix('='));
-    value.last().unwrap_or_default().to_owned()
+    let mut fields = line.rsplit(' ');
+    let value = fields.find_map(|field| field.strip_prefix(name)?.strip_prefix('='));
+    value.unwrap_or_default().to_owned()
 }

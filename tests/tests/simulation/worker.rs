@@ -286,8 +286,11 @@ pub(crate) mod undisturbed {
     use super::*;
     use crate::client::Plan;
 
+    /// The tokens of each choice of each request.
+    pub(crate) type Tokens = HashMap<(u64, u32), Vec<u32>>;
+
     #[derive(Clone, Default)]
-    struct Answers(Arc<Mutex<HashMap<(u64, u32), Vec<u32>>>>);
+    struct Answers(Arc<Mutex<Tokens>>);
 
     impl StepSink for Answers {
         fn publish(&mut self, _: u64, outputs: &mut Vec<SequenceOutput>, _: &Load) {
@@ -302,9 +305,7 @@ pub(crate) mod undisturbed {
     }
 
     /// The tokens of every choice of every request, each alone.
-    pub(crate) fn answers<'a>(
-        plans: impl Iterator<Item = &'a Plan>,
-    ) -> HashMap<(u64, u32), Vec<u32>> {
+    pub(crate) fn answers<'a>(plans: impl Iterator<Item = &'a Plan>) -> Tokens {
         let sink = Answers::default();
         let model = Box::new(Model::new(Arc::default(), Held::default()));
         let config = EngineConfig {
