@@ -5,11 +5,12 @@ use std::io;
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-/// The thread ends, and its tasks with it, when this is dropped.
+/// The thread ends, and its tasks with it, when this is dropped. One on a runtime of others has
+/// no thread, and its tasks end with that runtime.
 #[derive(Debug)]
 pub(crate) struct Sidecar {
     handle: Handle,
-    _running: DropGuard,
+    _running: Option<DropGuard>,
 }
 
 impl Sidecar {
@@ -27,8 +28,16 @@ impl Sidecar {
             .spawn(move || runtime.block_on(stop.cancelled()))?;
         Ok(Self {
             handle,
-            _running: running,
+            _running: Some(running),
         })
+    }
+
+    /// On a runtime of others.
+    pub(crate) fn on(handle: Handle) -> Self {
+        Self {
+            handle,
+            _running: None,
+        }
     }
 
     /// Its runtime.

@@ -7,7 +7,7 @@
 mod certificates;
 mod server;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use certificates::Certificates;
 use server::{PATIENCE, Server};
@@ -102,6 +102,27 @@ async fn a_lost_lease_is_followed_by_another() {
     becomes(&mut view, "a is lost", lacks("a")).await;
     becomes(&mut view, "a is back", has("a", State::Starting)).await;
     registration.end().await;
+}
+
+#[tokio::test]
+async fn a_deleted_record_is_made_anew() {
+    let etcd = Server::start();
+    let (ours, theirs) = (etcd.member(), etcd.member());
+    let mut view = theirs.watch();
+    let (_own, record) = watch::channel(worker("a"));
+    let registration = ours.register(record);
+    becomes(&mut view, "a is there", has("a", State::Starting)).await;
+    let key = "/shoal/v1/test/instances/org/model/a";
+    for _ in 0..3 {
+        etcd.must(&["del", key]);
+        // It may be back before the view knew that it was gone.
+        let end = Instant::now() + PATIENCE;
+        while etcd.must(&["get", key]).is_empty() {
+            assert!(Instant::now() < end, "the record stays away");
+        }
+    }
+    registration.end().await;
+    becomes(&mut view, "a is gone", lacks("a")).await;
 }
 
 #[tokio::test]

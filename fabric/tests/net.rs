@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use axum::{Router, routing::get};
 use shoal_fabric::{
     membership::Endpoint,
-    net::{self, ClientConfig, Limits, ListenConfig},
+    net::{self, ClientConfig, Limits, ListenConfig, Network},
     tls::ServerTls,
 };
 use tokio::{
@@ -47,6 +47,7 @@ async fn start(tls: Option<ServerTls>, limits: Limits) -> Served {
     let app = net::one_port(http, Routes::new(health));
     let address = ([127, 0, 0, 1], 0).into();
     let config = ListenConfig {
+        network: Network::Tcp,
         address,
         tls,
         limits,

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use shoal_draft::LedgerConfig;
 use shoal_fabric::{
     membership::{Endpoint, Member, Membership, Static},
-    net::{ClientConfig, Limits, ListenConfig},
+    net::{ClientConfig, Limits, ListenConfig, Network},
     tls::{ClientTls, ServerTls},
 };
 
@@ -16,6 +16,8 @@ use crate::{
 /// The settings as a user gives them.
 #[derive(Clone, Debug)]
 pub struct RouterArgs {
+    /// What its connections are made of, those of clients and those to workers.
+    pub network: Network,
     /// Serves the OpenAI HTTP API and gRPC; port 0 takes a free one.
     pub listen: SocketAddr,
     /// Plain text without it.
@@ -62,6 +64,7 @@ pub struct RouterArgs {
 impl Default for RouterArgs {
     fn default() -> Self {
         Self {
+            network: Network::default(),
             listen: ([127, 0, 0, 1], 8080).into(),
             tls: None,
             workers: Vec::new(),
@@ -157,6 +160,7 @@ impl TryFrom<RouterArgs> for RouterConfig {
         let workers = Static::new(workers?);
         Ok(Self {
             listen: ListenConfig {
+                network: args.network.clone(),
                 address: args.listen,
                 tls: args.tls,
                 limits: Limits {
@@ -169,6 +173,7 @@ impl TryFrom<RouterArgs> for RouterConfig {
             name: args.name,
             link: LinkConfig {
                 client: ClientConfig {
+                    network: args.network,
                     tls: args.worker_tls,
                     connect_timeout: WORKER_CONNECT,
                     ..ClientConfig::default()

@@ -8,11 +8,12 @@ use std::{
 };
 
 use async_stream::stream;
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use shoal_core::TokenId;
 use shoal_draft::{Answer, Event, Ledger, LedgerConfig, Listed, Owner, PublicFull, Record};
 use shoal_proto::worker::{CorpusRecord, worker_client::WorkerClient};
 use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, transport::Channel};
 
 use crate::{model::Model, request::Job};
@@ -102,12 +103,16 @@ impl Corpora {
         model: &Model,
     ) -> Result<(), Status> {
         let (known, from) = oneshot::channel();
+        // A connection lives as long as a stream over it: this one ends with the session,
+        // whatever becomes of its worker.
+        let end = CancellationToken::new();
+        let _end = end.clone().drop_guard();
         let records = self.clone().records(model.name.clone(), from);
+        let records = records.take_until(end.cancelled_owned());
         let mut positions = client.corpus(records).await?.into_inner();
         let Some(position) = positions.message().await? else {
             return Ok(());
         };
-        // The stream of records ends with its worker.
         let _ = known.send(position.next);
         positions.message().await?;
         Ok(())

@@ -199,9 +199,9 @@ impl Generation {
                     return Err(RequestError::Refused { message });
                 }
                 Event::Rejected(reason, _) => {
-                    tracing::debug!(reason = reason.as_str_name(), "submission refused");
-                    self.avoid
-                        .extend(self.at.as_ref().map(|stay| stay.address.clone()));
+                    let worker = stay.address.clone();
+                    tracing::debug!(%worker, reason = reason.as_str_name(), "submission refused");
+                    self.avoid.push(worker);
                     self.detach();
                     if reason == RejectReason::Overloaded && self.attempt == 0 {
                         self.must_fit_elsewhere()?;

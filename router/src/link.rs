@@ -10,7 +10,8 @@ use shoal_proto::{
     PROTOCOL_VERSION,
     worker::{
         BulkRequest, DescribeRequest, FetchTokenizerRequest, FollowPages, ModelDescription,
-        WorkerFrame, bulk_frame, bulk_request, worker_client::WorkerClient, worker_frame::Frame,
+        RejectReason, WorkerFrame, bulk_frame, bulk_request, worker_client::WorkerClient,
+        worker_frame::Frame,
     },
 };
 use tokio::{
@@ -22,6 +23,7 @@ use tonic::{Code, Status, Streaming, transport::Channel};
 use crate::{
     cluster::{Cluster, LinkConfig},
     model::{BundleError, BundleHash, Model, TextModel},
+    request::LONG_TEXT,
     session::Session,
     watchdog::{Suspicion, Watchdog},
     worker::{Connected, Worker},
@@ -64,6 +66,8 @@ enum LinkError {
     Timeout(#[from] tokio::time::error::Elapsed),
     #[error("the session ended")]
     Ended,
+    #[error("it has started anew since it was described")]
+    Restarted,
     #[error("{0:?} for {1:?}")]
     Lifeless(Suspicion, Duration),
 }
@@ -190,9 +194,12 @@ impl Link {
             }
             encoded.extend_from_slice(&chunk.data);
         }
-        let cluster = self.cluster.clone();
-        let build = tokio::task::spawn_blocking(move || cluster.texts.add(&encoded, hash));
-        Ok(build.await??)
+        let (cluster, bytes) = (self.cluster.clone(), encoded.len());
+        let build = move || cluster.texts.add(&encoded, hash);
+        if bytes <= LONG_TEXT {
+            return Ok(build()?);
+        }
+        Ok(tokio::task::spawn_blocking(build).await??)
     }
 
     async fn read(
@@ -211,7 +218,7 @@ impl Link {
                     dog.hear();
                     // None is a frame of a newer worker.
                     if let Some(frame) = frame {
-                        self.take(connected, frame, &mut dog);
+                        self.take(connected, frame, &mut dog)?;
                     }
                     if dog.suspicion().is_none() && connected.set_suspected(false) {
                         tracing::info!(worker = %self.worker.address, "the worker is back");
@@ -228,7 +235,12 @@ impl Link {
         }
     }
 
-    fn take(&self, connected: &Connected, frame: Frame, dog: &mut Watchdog) {
+    fn take(
+        &self,
+        connected: &Connected,
+        frame: Frame,
+        dog: &mut Watchdog,
+    ) -> Result<(), LinkError> {
         match frame {
             Frame::Step(output) => {
                 dog.hear_step(output.step);
@@ -237,7 +249,14 @@ impl Link {
                 }
                 connected.session.deliver(output);
             }
-            Frame::Rejected(rejected) => connected.session.reject(rejected),
+            Frame::Rejected(rejected) => {
+                let stale = rejected.reason() == RejectReason::StaleEpoch;
+                connected.session.reject(rejected);
+                // The session went to another start of it than the description came from.
+                if stale {
+                    return Err(LinkError::Restarted);
+                }
+            }
             Frame::State(change) => {
                 tracing::info!(
                     worker = %self.worker.address,
@@ -255,6 +274,7 @@ impl Link {
                 }
             }
         }
+        Ok(())
     }
 
     /// The worker gets nothing new, and what it has moves where it can.

@@ -20,8 +20,8 @@ use crate::{
 
 /// Most choices of one request.
 const MAX_CHOICES: u32 = 16;
-/// Longer text is tokenized off the async threads.
-const LONG_TEXT: usize = 16 << 10;
+/// Longer text is handled off the async threads.
+pub(crate) const LONG_TEXT: usize = 16 << 10;
 /// Seeds drawn here survive a client that keeps numbers as IEEE doubles.
 const SEED_BITS: u32 = 53;
 

@@ -418,12 +418,13 @@ impl ConfigError {
 
 #[cfg(test)]
 mod tests {
-    use shoal_fabric::net::Limits;
+    use shoal_fabric::net::{Limits, Network};
 
     use super::*;
 
     fn config() -> WorkerConfig {
         let listen = ListenConfig {
+            network: Network::Tcp,
             address: ([127, 0, 0, 1], 0).into(),
             tls: None,
             limits: Limits::default(),

@@ -35,5 +35,5 @@ pub use config::{
 pub use error::WorkerError;
 pub use group::{GroupError, RankCommand, Watch, join_group, run_rank};
 pub use load::{LoadError, Loaded};
-pub use run::{run, run_with};
+pub use run::{run, run_driven, run_with};
 pub use shoal_collective::tcp::Payload;

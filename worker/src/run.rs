@@ -1,15 +1,20 @@
 //! The life of a worker: listen, load, run once, serve, drain.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    future::ready,
+    sync::{Arc, atomic::Ordering},
+};
 
 use axum::Router;
+use futures::future::{BoxFuture, FutureExt};
 use prost::Message;
 use sha2::{Digest, Sha256};
 use shoal_core::{Namespace, PAGE_TOKENS, Sampling, Scoring, Speculation, Stopping};
 use shoal_engine::{
     backend::Backend,
-    engine::{Engine, EngineHandle},
-    request::{Request, SequenceKey},
+    config::EngineConfig,
+    engine::{Engine, EngineError, EngineHandle},
+    request::{Request, SequenceKey, StepSink},
 };
 use shoal_fabric::{
     metrics::Registry,
@@ -38,6 +43,9 @@ use crate::{
     worker::{Serving, Worker},
 };
 
+/// Makes what a worker serves, from its settings and where the engine's outputs go.
+type Assembly = BoxFuture<'static, Result<Serving, WorkerError>>;
+
 /// Runs a worker until the shutdown starts and its sequences have ended, or until it fails.
 /// It listens before it loads, so that probes see it STARTING.
 ///
@@ -56,19 +64,46 @@ pub async fn run_with(
     shutdown: Shutdown,
     load: impl FnOnce(&WorkerConfig) -> Result<Loaded, LoadError> + Send + 'static,
 ) -> Result<(), WorkerError> {
+    listen(config, shutdown, on_own_threads(load)).await
+}
+
+/// [`run_with`] without threads of its own: the model is loaded on the caller's, and the
+/// engine is what `start` makes of it.
+///
+/// # Errors
+/// As those of [`run`].
+pub async fn run_driven(
+    config: WorkerConfig,
+    shutdown: Shutdown,
+    load: impl FnOnce(&WorkerConfig) -> Result<Loaded, LoadError>,
+    start: impl FnOnce(
+        Box<dyn Backend>,
+        EngineConfig,
+        Box<dyn StepSink>,
+    ) -> Result<EngineHandle, EngineError>,
+) -> Result<(), WorkerError> {
+    let assemble = |config, sink| ready(assemble(&config, load, start, sink)).boxed();
+    listen(config, shutdown, assemble).await
+}
+
+async fn listen(
+    config: WorkerConfig,
+    shutdown: Shutdown,
+    assemble: impl FnOnce(WorkerConfig, Sink) -> Assembly,
+) -> Result<(), WorkerError> {
     config.validate()?;
     let listener = net::bind(&config.listen).await?;
     let address = listener.local_addr().map_err(WorkerError::Address)?;
     shutdown.listening(address);
-    serve(config, listener, shutdown, load).await
+    serve(config, listener, shutdown, assemble).await
 }
 
-/// [`run_with`] on a bound listener.
+/// Serves on a bound listener what `assemble` makes.
 pub(crate) async fn serve(
     config: WorkerConfig,
     listener: Listener,
     shutdown: Shutdown,
-    load: impl FnOnce(&WorkerConfig) -> Result<Loaded, LoadError> + Send + 'static,
+    assemble: impl FnOnce(WorkerConfig, Sink) -> Assembly,
 ) -> Result<(), WorkerError> {
     let address = listener.local_addr().map_err(WorkerError::Address)?;
     let member = config.member(address)?;
@@ -93,7 +128,7 @@ pub(crate) async fn serve(
 
     let group = member.name.clone();
     let registration = member::join(&worker, config.membership.as_ref(), member);
-    let result = live(&worker, config, &group, &registry, load).await;
+    let result = live(&worker, config, &group, &registry, assemble).await;
     // Sessions send what they have and end; then connections have nothing to wait for.
     worker.closing.cancel();
     stop.cancel();
@@ -124,7 +159,7 @@ async fn live(
     config: WorkerConfig,
     group: &str,
     registry: &Registry,
-    load: impl FnOnce(&WorkerConfig) -> Result<Loaded, LoadError> + Send + 'static,
+    assemble: impl FnOnce(WorkerConfig, Sink) -> Assembly,
 ) -> Result<(), WorkerError> {
     let shutdown = worker.shutdown.token();
     let drain = config.drain;
@@ -136,10 +171,9 @@ async fn live(
     );
     let membership = config.membership.clone();
     let start = async {
-        let load = on_own_thread(move || assemble(&config, load, sink));
         let epoch = membership.next_epoch(group, epoch::now());
-        let (loaded, epoch) = tokio::join!(load, epoch);
-        let mut loaded = loaded??;
+        let (loaded, epoch) = tokio::join!(assemble(config, sink), epoch);
+        let mut loaded = loaded?;
         loaded.set_epoch(epoch);
         registry.register(|r| loaded.engine.metrics().register(r));
         warm_up(&loaded.engine, worker.sessions.open_own()).await?;
@@ -198,24 +232,35 @@ async fn follow_group(worker: &Worker, engine: &EngineHandle, group: &Watch) {
     }
 }
 
-/// Loading reads and packs gigabytes: it must not hold up the listener, nor the end of the
-/// process.
-async fn on_own_thread<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, WorkerError> {
-    let (done, result) = oneshot::channel();
-    std::thread::Builder::new()
-        .name("load".into())
-        // Nobody listens any more where the shutdown came first.
-        .spawn(move || drop(done.send(work())))
-        .map_err(WorkerError::LoadThread)?;
-    result.await.map_err(|_| WorkerError::LoadBroken)
+/// Loads on a thread, and lets the engine have another. Loading reads and packs gigabytes: it
+/// must not hold up the listener, nor the end of the process.
+pub(crate) fn on_own_threads(
+    load: impl FnOnce(&WorkerConfig) -> Result<Loaded, LoadError> + Send + 'static,
+) -> impl FnOnce(WorkerConfig, Sink) -> Assembly {
+    |config, sink| {
+        let load = async move {
+            let (done, result) = oneshot::channel();
+            let work = move || assemble(&config, load, Engine::start, sink);
+            std::thread::Builder::new()
+                .name("load".into())
+                // Nobody listens any more where the shutdown came first.
+                .spawn(move || drop(done.send(work())))
+                .map_err(WorkerError::LoadThread)?;
+            result.await.map_err(|_| WorkerError::LoadBroken)?
+        };
+        load.boxed()
+    }
 }
 
 /// Loads the model and starts its engine.
 fn assemble(
     config: &WorkerConfig,
     load: impl FnOnce(&WorkerConfig) -> Result<Loaded, LoadError>,
+    start: impl FnOnce(
+        Box<dyn Backend>,
+        EngineConfig,
+        Box<dyn StepSink>,
+    ) -> Result<EngineHandle, EngineError>,
     sink: Sink,
 ) -> Result<Serving, WorkerError> {
     let model = config.served_name()?;
@@ -235,7 +280,7 @@ fn assemble(
     let mut description = describe(backend.as_ref(), model, &identity);
     description.tokenizer_sha256 = Sha256::digest(&bundle).to_vec();
     Ok(Serving {
-        engine: Engine::start(backend, config.engine.clone(), Box::new(sink))?,
+        engine: start(backend, config.engine.clone(), Box::new(sink))?,
         identity,
         description,
         bundle: bundle.into(),

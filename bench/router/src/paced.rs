@@ -16,7 +16,7 @@ use shoal_engine::{
     spec::{Architecture, ModelSpec, Rope, RopeKind},
 };
 use shoal_fabric::{
-    net::{Limits, ListenConfig},
+    net::{Limits, ListenConfig, Network},
     shutdown::Shutdown,
 };
 use shoal_proto::worker::{TokenizerBundle, tokenizer_bundle::Kind};
@@ -200,6 +200,7 @@ impl PacedWorker {
     /// Starts one and waits until it serves.
     pub(crate) async fn start(pace: Pace, stamps: &Arc<Stamps>) -> Result<Self> {
         let listen = ListenConfig {
+            network: Network::Tcp,
             address: ([127, 0, 0, 1], 0).into(),
             tls: None,
             limits: Limits::default(),

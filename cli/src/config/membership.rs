@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use shoal_fabric::membership::{Etcd, EtcdConfig, Login, Membership, Source, Static};
+use shoal_fabric::net::Network;
 
 use super::values::Time;
 use super::{ConfigError, Section, tls};
@@ -128,6 +129,7 @@ impl MembershipSettings {
             }
             Source::Etcd { endpoints, cluster } => Arc::new(Etcd::start(EtcdConfig {
                 endpoints,
+                network: Network::default(),
                 cluster,
                 login,
                 tls,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use shoal_fabric::net::{Limits, ListenConfig};
+use shoal_fabric::net::{Limits, ListenConfig, Network};
 use shoal_fabric::telemetry::LogConfig;
 use shoal_worker::{WorkerConfig, parse_isa, parse_kv_type, parse_prompts};
 
@@ -187,6 +187,7 @@ impl WorkerSettings {
     ) -> Result<WorkerConfig, ConfigError> {
         let tensor_parallel = self.group_config(log)?;
         let listen = ListenConfig {
+            network: Network::Tcp,
             address: self.listen.unwrap_or(([127, 0, 0, 1], 9090).into()),
             tls: tls::server("worker", self.tls_cert, self.tls_key, self.tls_client_ca)?,
             limits: Limits::default(),

@@ -1,15 +1,16 @@
-use std::{io, time::Duration};
+use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 use tonic::transport::{self, Channel};
 
-use super::NetError;
+use super::{NetError, Network};
 use crate::{membership::Endpoint, tls::ClientTls};
 
 /// How channels to peers behave.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientConfig {
+    /// What connections are made of.
+    pub network: Network,
     /// Plain text without it.
     pub tls: Option<ClientTls>,
     /// For TCP and TLS together.
@@ -23,6 +24,7 @@ pub struct ClientConfig {
 impl Default for ClientConfig {
     fn default() -> Self {
         Self {
+            network: Network::default(),
             tls: None,
             connect_timeout: Duration::from_secs(5),
             keepalive_interval: Duration::from_secs(10),
@@ -54,32 +56,11 @@ pub fn channel(endpoint: &Endpoint, config: &ClientConfig) -> Result<Channel, Ne
     if let Some(tls) = &config.tls {
         builder = builder.tls_config(tls.config()?).map_err(refused)?;
     }
-    let endpoint = endpoint.clone();
+    let (network, endpoint) = (config.network.clone(), endpoint.clone());
     Ok(
         builder.connect_with_connector_lazy(tower::service_fn(move |_| {
-            let endpoint = endpoint.clone();
-            async move { dial(&endpoint).await.map(TokioIo::new) }
+            let (network, endpoint) = (network.clone(), endpoint.clone());
+            async move { network.connect(&endpoint).await.map(TokioIo::new) }
         })),
     )
-}
-
-/// A connection without Nagle's delay.
-async fn dial(endpoint: &Endpoint) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect((endpoint.host(), endpoint.port())).await?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
-}
-
-#[cfg(test)]
-mod tests {
-    use tokio::net::TcpListener;
-
-    use super::*;
-
-    #[tokio::test]
-    async fn dialled_sockets_have_no_delay() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let endpoint = listener.local_addr().unwrap().to_string().parse().unwrap();
-        assert!(dial(&endpoint).await.unwrap().nodelay().unwrap());
-    }
 }

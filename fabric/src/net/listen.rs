@@ -1,14 +1,18 @@
 use std::{io, net::SocketAddr, time::Duration};
 
-use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
-use super::NetError;
+use super::{
+    NetError, Network,
+    network::{Connection, Socket},
+};
 use crate::tls::ServerTls;
 
 /// Where and how a process listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListenConfig {
+    /// What its connections are made of.
+    pub network: Network,
     /// Port 0 takes a free one.
     pub address: SocketAddr,
     /// Plain text without it.
@@ -68,14 +72,16 @@ impl Limits {
 
 /// A bound socket; clients queue until it is [served](super::serve).
 pub struct Listener {
-    tcp: TcpListener,
+    socket: Socket,
     pub(super) tls: Option<TlsAcceptor>,
     pub(super) limits: Limits,
 }
 
 impl std::fmt::Debug for Listener {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Listener").field("tcp", &self.tcp).finish()
+        f.debug_struct("Listener")
+            .field("address", &self.local_addr().ok())
+            .finish_non_exhaustive()
     }
 }
 
@@ -87,14 +93,13 @@ impl std::fmt::Debug for Listener {
 pub async fn bind(config: &ListenConfig) -> Result<Listener, NetError> {
     config.limits.validate()?;
     let tls = config.tls.as_ref().map(ServerTls::acceptor).transpose()?;
-    let tcp = TcpListener::bind(config.address)
-        .await
-        .map_err(|source| NetError::Bind {
-            address: config.address,
-            source,
-        })?;
+    let socket = config.network.bind(config.address).await;
+    let socket = socket.map_err(|source| NetError::Bind {
+        address: config.address,
+        source,
+    })?;
     Ok(Listener {
-        tcp,
+        socket,
         tls,
         limits: config.limits.clone(),
     })
@@ -106,14 +111,12 @@ impl Listener {
     /// # Errors
     /// When the system does not tell.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.tcp.local_addr()
+        self.socket.local_addr()
     }
 
-    /// The next connection, without Nagle's delay.
-    pub(super) async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
-        let (stream, peer) = self.tcp.accept().await?;
-        stream.set_nodelay(true)?;
-        Ok((stream, peer))
+    /// The next connection.
+    pub(super) async fn accept(&self) -> io::Result<(Connection, SocketAddr)> {
+        self.socket.accept().await
     }
 }
 
@@ -123,18 +126,11 @@ mod tests {
 
     fn local() -> ListenConfig {
         ListenConfig {
+            network: Network::Tcp,
             address: ([127, 0, 0, 1], 0).into(),
             tls: None,
             limits: Limits::default(),
         }
-    }
-
-    #[tokio::test]
-    async fn accepted_sockets_have_no_delay() {
-        let listener = bind(&local()).await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let (accepted, _client) = tokio::join!(listener.accept(), TcpStream::connect(address));
-        assert!(accepted.unwrap().0.nodelay().unwrap());
     }
 
     #[tokio::test]

@@ -1,13 +1,15 @@
 //! Sockets: a listener that serves HTTP/1.1, HTTP/2 and gRPC on one port, and channels to
-//! peers. Every socket has TCP_NODELAY: a token must not wait for the acknowledgement of the
-//! one before it.
+//! peers. Every TCP socket has TCP_NODELAY: a token must not wait for the acknowledgement of
+//! the one before it.
 
 mod client;
 mod listen;
+mod network;
 mod serve;
 
 pub use client::{ClientConfig, channel};
 pub use listen::{Limits, ListenConfig, Listener, bind};
+pub use network::{Accept, Network, Stream, Transport};
 pub use serve::{one_port, serve};
 
 use shoal_core::Class;

@@ -16,7 +16,6 @@ use hyper_util::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::TcpStream,
     sync::Semaphore,
     time::timeout,
 };
@@ -24,7 +23,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::{io::InspectReader, sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
-use super::{Limits, Listener};
+use super::{Limits, Listener, network::Connection};
 
 /// Length of the HTTP/2 preface: after so many bytes the protocol is known, and hyper's own
 /// timeouts hold.
@@ -124,7 +123,7 @@ struct Server {
 }
 
 impl Server {
-    async fn connection(&self, stream: TcpStream, peer: SocketAddr) {
+    async fn connection(&self, stream: Connection, peer: SocketAddr) {
         let Some(tls) = &self.tls else {
             return self.http(stream, peer).await;
         };

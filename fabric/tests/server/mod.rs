@@ -6,7 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use shoal_fabric::membership::{Etcd, EtcdConfig};
+use shoal_fabric::{
+    membership::{Etcd, EtcdConfig},
+    net::Network,
+};
 use tempfile::TempDir;
 
 use crate::certificates::Certificates;
@@ -116,6 +119,7 @@ impl Server {
     pub(crate) fn config(&self) -> EtcdConfig {
         EtcdConfig {
             endpoints: vec![format!("127.0.0.1:{}", self.client).parse().unwrap()],
+            network: Network::Tcp,
             cluster: "test".into(),
             login: None,
             tls: self.certificates.as_ref().map(|c| c.client(Some(c))),

@@ -72,3 +72,15 @@ async fn a_user_s_answers_are_erased() {
     assert!(scopes.contains(&tenant().user("a").as_bytes().to_vec()));
     assert!(scopes.contains(&tenant().as_bytes().to_vec()));
 }
+
+#[tokio::test]
+async fn the_log_of_a_lost_session_ends() {
+    let mut mock = Mock::start(Script::answer(ANSWER)).await;
+    let router = Router::ready(&[&mock]).await;
+    router.chat(json!({"user": "a"})).await;
+    mock.text().await;
+    // The session breaks, its connection does not.
+    mock.crash();
+    mock.corpus_end().await;
+    mock.text().await;
+}

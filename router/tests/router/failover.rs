@@ -171,6 +171,18 @@ async fn a_refusing_worker_is_passed_over() {
 }
 
 #[tokio::test]
+async fn a_worker_that_is_another_by_now_is_described_anew() {
+    let mut mock = Mock::start(Script::answer(TEXT)).await;
+    let router = Router::ready(&[&mock]).await;
+    // As if it had started anew between its description and the session.
+    let stale = mock.renew();
+    mock.set_script(|script| script.reject_epoch = Some(stale));
+    assert_eq!(content(&router.chat(json!({})).await), TEXT);
+    let (first, second) = (mock.submitted().await, mock.submitted().await);
+    assert_eq!((first.epoch, second.epoch), (stale, stale + 1));
+}
+
+#[tokio::test]
 async fn an_idle_router_sees_what_other_routers_do() {
     let mut a = Mock::start(Script::answer("x")).await;
     let mut b = Mock::start(Script::answer("x")).await;

@@ -46,6 +46,8 @@ pub(crate) struct Script {
     /// Not once, but every time.
     pub(crate) always_preempt: bool,
     pub(crate) reject: Option<RejectReason>,
+    /// What is sent to this epoch is refused as stale.
+    pub(crate) reject_epoch: Option<u64>,
     /// Every step says the last token again, as a worker that replays.
     pub(crate) repeat: bool,
 }
@@ -60,6 +62,7 @@ impl Script {
             preempt_at: None,
             always_preempt: false,
             reject: None,
+            reject_epoch: None,
             repeat: false,
         }
     }
@@ -71,6 +74,8 @@ pub(crate) enum Seen {
     Submit(Box<Submit>),
     Cancel(Cancel),
     Corpus(Box<CorpusRecord>),
+    /// The router's log is over.
+    CorpusEnd,
 }
 
 #[derive(Debug)]
@@ -173,6 +178,13 @@ impl Mock {
         self.shared.elsewhere.store(sequences, Ordering::Relaxed);
     }
 
+    /// Has another epoch from now on; the one before.
+    pub(crate) fn renew(&self) -> u64 {
+        let mut epoch = self.shared.epoch.lock().unwrap();
+        *epoch += 1;
+        *epoch - 1
+    }
+
     /// Breaks every session, as a crash does; the next one finds a new epoch.
     pub(crate) fn crash(&self) {
         *self.shared.epoch.lock().unwrap() += 1;
@@ -214,6 +226,11 @@ impl Mock {
                 return *record;
             }
         }
+    }
+
+    /// Waits until a router ends its log.
+    pub(crate) async fn corpus_end(&mut self) {
+        while !matches!(self.seen.recv().await.unwrap(), Seen::CorpusEnd) {}
     }
 
     /// The next cancellation.

@@ -17,6 +17,8 @@ use crate::sequence::{Rank, Sequence};
 use crate::speculation::PushedDraft;
 use crate::step::Stepper;
 
+pub use crate::step::Clock;
+
 /// Why no engine was started.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -50,10 +52,25 @@ impl Engine {
         config: EngineConfig,
         sink: Box<dyn StepSink>,
     ) -> Result<EngineHandle, EngineError> {
+        let (handle, driver) = Self::driven(backend, config, sink, Box::new(Instant::now))?;
+        let thread = thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || driver.run())
+            .map_err(EngineError::Thread)?;
+        *lock(&handle.owner.thread) = Some(thread);
+        Ok(handle)
+    }
+
+    /// An engine without a thread: the caller runs its steps, and `clock` times them.
+    pub fn driven(
+        backend: Box<dyn Backend>,
+        config: EngineConfig,
+        sink: Box<dyn StepSink>,
+        clock: Clock,
+    ) -> Result<(EngineHandle, Driver), EngineError> {
         let limits = Limits::resolve(&config, backend.as_ref())?;
         let metrics = EngineMetrics::default();
         let numerics = backend.numerics_id();
-        let clock = Box::new(Instant::now);
         let stepper = Stepper::new(backend, limits.clone(), metrics.clone(), clock);
         let shared = Arc::new(Shared {
             numerics,
@@ -66,21 +83,18 @@ impl Engine {
             expected: stepper.expected(),
             metrics,
         });
-        let engine = Loop {
+        let driver = Driver {
             shared: Arc::clone(&shared),
             stepper,
             sink,
         };
-        let thread = thread::Builder::new()
-            .name("engine".into())
-            .spawn(move || engine.run())
-            .map_err(EngineError::Thread)?;
-        Ok(EngineHandle {
+        let handle = EngineHandle {
             owner: Arc::new(Owner {
                 shared,
-                thread: Mutex::new(Some(thread)),
+                thread: Mutex::default(),
             }),
-        })
+        };
+        Ok((handle, driver))
     }
 }
 
@@ -291,19 +305,46 @@ impl Owner {
     }
 }
 
-/// The engine's thread.
-struct Loop {
+/// What a [turn](Driver::turn) came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// A step was made and published.
+    Stepped,
+    /// There was nothing to do.
+    Idle,
+    /// The engine was stopped or is broken, and every sequence has ended.
+    Ended,
+}
+
+/// Runs an engine's steps.
+pub struct Driver {
     shared: Arc<Shared>,
     stepper: Stepper,
     sink: Box<dyn StepSink>,
 }
 
-impl Loop {
-    /// Runs until it is stopped or the backend is broken; then ends what is left.
+impl Driver {
+    /// Runs until the end; the thread parks while there is nothing to do.
     fn run(mut self) {
+        loop {
+            match self.turn() {
+                Turn::Stepped => {}
+                Turn::Idle => self.wait(),
+                Turn::Ended => return,
+            }
+        }
+    }
+
+    /// Takes the commands that have come and makes a step, where there is anything to do.
+    pub fn turn(&mut self) -> Turn {
         // A panicking backend must not leave its sequences without an end.
-        let result = catch_unwind(AssertUnwindSafe(|| self.steps()));
-        let reason = result.unwrap_or_else(|_| "it panicked".into());
+        let result = catch_unwind(AssertUnwindSafe(|| self.step()));
+        let reason = match result {
+            Ok(Ok(true)) => return Turn::Stepped,
+            Ok(Ok(false)) => return Turn::Idle,
+            Ok(Err(reason)) => reason,
+            Err(_) => "it panicked".into(),
+        };
         let mut inbox = lock(&self.shared.inbox);
         inbox.stopped = Some(reason);
         let submitted = std::mem::take(&mut inbox.submitted);
@@ -313,63 +354,67 @@ impl Loop {
         }
         self.stepper.end(Finish::Preempted, |_| true);
         self.publish();
+        Turn::Ended
     }
 
-    /// Steps until something ends it; says what.
-    fn steps(&mut self) -> String {
-        let mut submitted = Vec::new();
-        let mut cancelled = Vec::new();
-        let mut drafts = HashMap::new();
-        loop {
-            let mut inbox = lock(&self.shared.inbox);
-            while self.stepper.is_idle()
-                && !inbox.stop
-                && !inbox.check
-                && inbox.submitted.is_empty()
-                && inbox.cancelled.is_empty()
-            {
-                inbox = self
-                    .shared
-                    .wake
-                    .wait(inbox)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-            if inbox.stop {
-                return "it was stopped".into();
-            }
-            std::mem::swap(&mut inbox.submitted, &mut submitted);
-            std::mem::swap(&mut inbox.cancelled, &mut cancelled);
-            std::mem::swap(&mut inbox.drafts, &mut drafts);
-            let drain = inbox.drain;
-            let check = std::mem::take(&mut inbox.check);
-            drop(inbox);
+    fn has_work(&self, inbox: &Inbox) -> bool {
+        !self.stepper.is_idle()
+            || inbox.stop
+            || inbox.check
+            || !inbox.submitted.is_empty()
+            || !inbox.cancelled.is_empty()
+    }
 
-            for sequence in submitted.drain(..) {
-                self.stepper.submit(sequence);
-            }
-            if !cancelled.is_empty() {
-                self.stepper
-                    .end(Finish::Cancelled, |s| cancelled.contains(&s.key));
-                cancelled.clear();
-            }
-            for (key, draft) in drafts.drain() {
-                self.stepper.draft(key, draft);
-            }
-            let deadline = drain.and_then(|drain| drain.deadline);
-            if deadline.is_some_and(|deadline| deadline <= self.stepper.now()) {
-                self.stepper.end(Finish::Preempted, |_| true);
-            }
-            let result = match check {
-                true => self.stepper.look(),
-                false => Ok(()),
-            };
-            let result = result.and_then(|()| self.stepper.step());
-            self.publish();
-            if let Err(error) = result.or_else(|error| self.recover(error)) {
-                tracing::error!(%error, "the backend is broken; the engine stops");
-                return error.to_string();
-            }
+    fn wait(&self) {
+        let inbox = lock(&self.shared.inbox);
+        let idle = |inbox: &mut Inbox| !self.has_work(inbox);
+        let woken = self.shared.wake.wait_while(inbox, idle);
+        drop(woken.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// False: there was nothing to do. An error says why it is the last.
+    fn step(&mut self) -> Result<bool, String> {
+        let mut inbox = lock(&self.shared.inbox);
+        if !self.has_work(&inbox) {
+            return Ok(false);
         }
+        if inbox.stop {
+            return Err("it was stopped".into());
+        }
+        let submitted = std::mem::take(&mut inbox.submitted);
+        let cancelled = std::mem::take(&mut inbox.cancelled);
+        let drafts = std::mem::take(&mut inbox.drafts);
+        let drain = inbox.drain;
+        let check = std::mem::take(&mut inbox.check);
+        drop(inbox);
+
+        for sequence in submitted {
+            self.stepper.submit(sequence);
+        }
+        if !cancelled.is_empty() {
+            self.stepper
+                .end(Finish::Cancelled, |s| cancelled.contains(&s.key));
+        }
+        for (key, draft) in drafts {
+            self.stepper.draft(key, draft);
+        }
+        let deadline = drain.and_then(|drain| drain.deadline);
+        if deadline.is_some_and(|deadline| deadline <= self.stepper.now()) {
+            self.stepper.end(Finish::Preempted, |_| true);
+        }
+        let result = match check {
+            true => self.stepper.look(),
+            false => Ok(()),
+        };
+        let result = result.and_then(|()| self.stepper.step());
+        self.publish();
+        result
+            .or_else(|error| self.recover(error))
+            .map_err(|error| {
+                tracing::error!(%error, "the backend is broken; the engine stops");
+                error.to_string()
+            })?;
+        Ok(true)
     }
 
     /// After a step that failed: goes on if that can be.

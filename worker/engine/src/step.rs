@@ -16,8 +16,8 @@ use crate::scheduler::{BatchBuffer, Scheduler, Slot};
 use crate::sequence::Sequence;
 use crate::speculation::{PushedDraft, Speculator};
 
-/// Where the time comes from; tests bring their own.
-pub(crate) type Clock = Box<dyn Fn() -> Instant + Send>;
+/// Where the time comes from.
+pub type Clock = Box<dyn Fn() -> Instant + Send>;
 
 /// Runs steps, one after the other.
 pub(crate) struct Stepper {

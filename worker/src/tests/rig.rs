@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use shoal_fabric::{
-    net::{self, ClientConfig, Limits, ListenConfig},
+    net::{self, ClientConfig, Limits, ListenConfig, Network},
     shutdown::Shutdown,
 };
 use shoal_proto::worker::{
@@ -25,7 +25,7 @@ use crate::{
     WorkerConfig, WorkerError,
     load::{LoadError, Loaded},
     run,
-    run::serve,
+    run::{on_own_threads, serve},
 };
 
 /// Longer than anything here takes.
@@ -45,6 +45,7 @@ pub(crate) struct Rig {
 
 pub(crate) fn config() -> WorkerConfig {
     let listen = ListenConfig {
+        network: Network::Tcp,
         address: ([127, 0, 0, 1], 0).into(),
         tls: None,
         limits: Limits::default(),
@@ -88,7 +89,12 @@ impl Rig {
         let listener = net::bind(&config.listen).await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = Shutdown::new();
-        let task = tokio::spawn(serve(config, listener, shutdown.clone(), load));
+        let task = tokio::spawn(serve(
+            config,
+            listener,
+            shutdown.clone(),
+            on_own_threads(load),
+        ));
         Self {
             address,
             control,

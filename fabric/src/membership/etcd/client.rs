@@ -109,6 +109,7 @@ impl Client {
     /// To the next member in turn, authenticated.
     pub(super) async fn connect(shared: &Shared) -> Result<Self, EtcdError> {
         let config = ClientConfig {
+            network: shared.config.network.clone(),
             tls: shared.config.tls.clone(),
             connect_timeout: CALL,
             keepalive_interval: CALL,

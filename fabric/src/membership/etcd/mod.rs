@@ -23,14 +23,14 @@ use std::{
 };
 
 use futures::future::{BoxFuture, FutureExt};
-use tokio::{sync::watch, time::timeout};
+use tokio::{runtime::Handle, sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     Endpoint, Intent, Kept, Member, Membership, MembershipError, Registration, Role, View,
     etcd::client::{Client, Range},
 };
-use crate::{backoff::Backoff, sidecar::Sidecar, tls::ClientTls};
+use crate::{backoff::Backoff, net::Network, sidecar::Sidecar, tls::ClientTls};
 
 /// Most that a new epoch may hold a start up.
 const EPOCH_PATIENCE: Duration = Duration::from_secs(2);
@@ -42,6 +42,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 pub struct EtcdConfig {
     /// Members of the etcd cluster, at least one; any one will do.
     pub endpoints: Vec<Endpoint>,
+    /// What connections to them are made of.
+    pub network: Network,
     /// The name of the Shoal cluster there.
     pub cluster: String,
     /// Where etcd asks for authentication.
@@ -115,6 +117,22 @@ impl Etcd {
     /// # Errors
     /// When a setting is out of range, a TLS file is wrong, or there is no thread to be had.
     pub fn start(config: EtcdConfig) -> Result<Self, MembershipError> {
+        let thread = || Sidecar::start("membership").map_err(MembershipError::Thread);
+        Self::with(config, thread)
+    }
+
+    /// [`start`](Self::start) on a runtime that there is already, in the place of a thread.
+    ///
+    /// # Errors
+    /// When a setting is out of range, or a TLS file is wrong.
+    pub fn on(runtime: Handle, config: EtcdConfig) -> Result<Self, MembershipError> {
+        Self::with(config, || Ok(Sidecar::on(runtime)))
+    }
+
+    fn with(
+        config: EtcdConfig,
+        thread: impl FnOnce() -> Result<Sidecar, MembershipError>,
+    ) -> Result<Self, MembershipError> {
         if config.endpoints.is_empty() {
             return Err(MembershipError::NoEndpoint);
         }
@@ -124,7 +142,7 @@ impl Etcd {
         if let Some(tls) = &config.tls {
             tls.config()?;
         }
-        let thread = Sidecar::start("membership").map_err(MembershipError::Thread)?;
+        let thread = thread()?;
         let next = rand::random_range(0..config.endpoints.len());
         Ok(Self {
             shared: Arc::new(Shared {

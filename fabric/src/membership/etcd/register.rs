@@ -7,13 +7,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Member, Shared, backoff,
-    client::{Client, EtcdError},
+    client::{Client, EtcdError, Range},
 };
 use crate::backoff::Backoff;
 
-/// Registers `own` and keeps it up to date until `stop`; then withdraws it. A lost lease or
-/// connection is followed by a new lease, after a pause that spreads the processes which lost
-/// theirs together.
+/// Registers `own` and keeps it up to date until `stop`; then withdraws it. A record that
+/// somebody deletes is made anew. A lost lease or connection is followed by a new lease, after a
+/// pause that spreads the processes which lost theirs together.
 pub(super) async fn keep(
     shared: Arc<Shared>,
     mut own: watch::Receiver<Member>,
@@ -42,6 +42,9 @@ async fn session(
     let ttl = shared.config.ttl;
     let mut client = Client::connect(shared).await?;
     let lease = client.grant(ttl).await?;
+    let range = Range::key(shared.record_key(&own.borrow()));
+    let (_, revision) = client.list(&range).await?;
+    let mut changes = client.watch(&range, revision + 1).await?;
     put(shared, &mut client, own, lease).await?;
     let mut beats = client.keep_alive(lease, ttl).await?;
     tracing::info!(name = own.borrow().name, "registered with etcd");
@@ -53,6 +56,12 @@ async fn session(
             // A sender that is gone leaves the last state standing.
             Ok(()) = own.changed() => put(shared, &mut client, own, lease).await?,
             beat = beats.next() => beat?,
+            changes = changes.next() => {
+                if changes?.any(|change| change.value.is_none()) {
+                    tracing::warn!("the record was deleted; it is made anew");
+                    put(shared, &mut client, own, lease).await?;
+                }
+            }
         }
     }
 }

@@ -21,6 +21,15 @@ use crate::bundle::bundle;
 
 pub(super) struct Service(pub(super) Arc<Shared>);
 
+/// Tells of the end of a router's log when it is dropped.
+struct CorpusEnd(mpsc::UnboundedSender<Seen>);
+
+impl Drop for CorpusEnd {
+    fn drop(&mut self) {
+        self.0.send(Seen::CorpusEnd).ok();
+    }
+}
+
 #[tonic::async_trait]
 impl Worker for Service {
     type FetchTokenizerStream = BoxStream<'static, Result<Chunk, Status>>;
@@ -74,12 +83,12 @@ impl Worker for Service {
         &self,
         request: Request<Streaming<CorpusRecord>>,
     ) -> Result<Response<Self::CorpusStream>, Status> {
-        let (records, seen) = (request.into_inner(), self.0.seen.clone());
+        let (records, end) = (request.into_inner(), CorpusEnd(self.0.seen.clone()));
         let first = futures::stream::iter([Ok(CorpusPosition { next: 0 })]);
         // Every record is one, the first included: it says whose log this is.
         let rest = records.filter_map(move |record| {
             if let Ok(record) = record {
-                seen.send(Seen::Corpus(Box::new(record))).ok();
+                end.0.send(Seen::Corpus(Box::new(record))).ok();
             }
             std::future::ready(None)
         });

@@ -6,9 +6,9 @@ use std::{
 };
 
 use shoal_proto::worker::{
-    Finish, Load, Logprob, Pong, Rejected, RouterFrame, SequenceOutput, SequenceUsage, StateChange,
-    StepOutput, Submit, WorkerFrame, WorkerState, router_frame::Frame as Up,
-    worker_frame::Frame as Down,
+    Finish, Load, Logprob, Pong, RejectReason, Rejected, RouterFrame, SequenceOutput,
+    SequenceUsage, StateChange, StepOutput, Submit, WorkerFrame, WorkerState,
+    router_frame::Frame as Up, worker_frame::Frame as Down,
 };
 use tokio::sync::{mpsc, watch};
 use tonic::{Status, Streaming};
@@ -105,7 +105,12 @@ impl Session {
     async fn take(&mut self, frame: RouterFrame) {
         match frame.frame.unwrap() {
             Up::Submit(submit) => {
-                let reject = self.shared.script.lock().unwrap().reject;
+                let reject = {
+                    let script = self.shared.script.lock().unwrap();
+                    let stale = script.reject_epoch == Some(submit.epoch);
+                    let stale = stale.then_some(RejectReason::StaleEpoch);
+                    script.reject.or(stale)
+                };
                 let (sequence, attempt) = (submit.sequence, submit.attempt);
                 self.shared
                     .seen
