@@ -14,6 +14,11 @@ pub mod inference {
     tonic::include_proto!("shoal.inference.v1");
 }
 
+/// `shoal.router.v1`: between routers.
+pub mod router {
+    tonic::include_proto!("shoal.router.v1");
+}
+
 /// `shoal.worker.v1`: between routers and workers.
 pub mod worker {
     tonic::include_proto!("shoal.worker.v1");

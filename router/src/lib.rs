@@ -21,6 +21,7 @@ mod metrics;
 mod model;
 mod output;
 mod pages;
+mod peers;
 mod place;
 mod placement;
 mod request;

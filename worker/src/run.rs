@@ -26,6 +26,7 @@ use tonic::service::Routes;
 
 use crate::{
     config::WorkerConfig,
+    corpus::ERASURES,
     epoch,
     error::WorkerError,
     group::Watch,
@@ -244,6 +245,7 @@ fn describe(backend: &dyn Backend, model: String, identity: &Identity) -> ModelD
     let pool = backend.pages() as usize * PAGE_TOKENS;
     ModelDescription {
         protocol_version: PROTOCOL_VERSION,
+        features: vec![ERASURES.into()],
         model,
         architecture: spec.architecture.name().into(),
         quantization: spec.quantization.clone(),

@@ -269,7 +269,7 @@ mod tests {
     fn drafts_come_from_the_scopes_that_are_named() {
         let (store, now) = (store(), Instant::now());
         let scope = DraftScope::tenant("m", b"t", "acme", "");
-        store.add(scope, &[1, 2, 3, 4, 5], Duration::ZERO);
+        store.add(scope, None, &[1, 2, 3, 4, 5], Duration::ZERO);
         let mut named = submit();
         named.draft_tenant = scope.as_bytes().to_vec();
         named.draft_user = scope.user("alice").as_bytes().to_vec();

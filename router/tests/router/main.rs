@@ -14,5 +14,6 @@ mod limits;
 mod mock;
 mod openai;
 mod operate;
+mod peers;
 mod stream;
 mod support;

@@ -34,6 +34,7 @@ impl Worker for Service {
     ) -> Result<Response<ModelDescription>, Status> {
         Ok(Response::new(ModelDescription {
             protocol_version: PROTOCOL_VERSION,
+            features: vec!["erasures".into()],
             model: self.0.script.lock().unwrap().model.clone(),
             architecture: "mock".into(),
             quantization: "none".into(),
@@ -75,7 +76,7 @@ impl Worker for Service {
         request: Request<Streaming<CorpusRecord>>,
     ) -> Result<Response<Self::CorpusStream>, Status> {
         let (records, seen) = (request.into_inner(), self.0.seen.clone());
-        let first = futures::stream::iter([Ok(CorpusPosition { next: 0 })]);
+        let first = futures::stream::iter([Ok(CorpusPosition::default())]);
         // Every record is one, the first included: it says whose log this is.
         let rest = records.filter_map(move |record| {
             if let Ok(record) = record {
