@@ -15,6 +15,7 @@ mod drain;
 mod error;
 mod generation;
 mod keys;
+mod lead;
 mod link;
 mod merge;
 mod metrics;

@@ -148,6 +148,9 @@ pub(crate) struct Metrics {
     pub(crate) suspicions: Counter,
     pub(crate) placed_tokens: Counter,
     pub(crate) placed_cached_tokens: Counter,
+    pub(crate) led_sequences: Counter,
+    pub(crate) led_tokens: Counter,
+    pub(crate) led_right_tokens: Counter,
     corpus_sent: Family<PeerLabels, Counter>,
     corpus_received: Family<PeerLabels, Counter>,
     corpus_lag: Family<PeerLabels, Gauge>,
@@ -174,6 +177,9 @@ impl Metrics {
             suspicions: Counter::default(),
             placed_tokens: Counter::default(),
             placed_cached_tokens: Counter::default(),
+            led_sequences: Counter::default(),
+            led_tokens: Counter::default(),
+            led_right_tokens: Counter::default(),
             corpus_sent: Family::default(),
             corpus_received: Family::default(),
             corpus_lag: Family::default(),
@@ -223,6 +229,21 @@ impl Metrics {
                 "placed_cached_tokens",
                 "Of those, the ones that the index of pages says the worker holds",
                 m.placed_cached_tokens,
+            );
+            r.register(
+                "led_sequences",
+                "Sequences that a draft worker began to run ahead of",
+                m.led_sequences,
+            );
+            r.register(
+                "led_tokens",
+                "Output tokens of sequences while a draft worker ran ahead of them",
+                m.led_tokens,
+            );
+            r.register(
+                "led_right_tokens",
+                "Of those, the ones that the draft worker had said before",
+                m.led_right_tokens,
             );
             r.register(
                 "corpus_sent_entries",

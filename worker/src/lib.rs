@@ -27,7 +27,8 @@ mod worker;
 mod tests;
 
 pub use config::{
-    BackendKind, ConfigError, GroupConfig, WorkerConfig, parse_isa, parse_kv_type, parse_prompts,
+    BackendKind, ConfigError, GroupConfig, WorkerConfig, WorkerRole, parse_isa, parse_kv_type,
+    parse_prompts,
 };
 pub use error::WorkerError;
 pub use group::{GroupError, RankCommand, Watch, run_rank};

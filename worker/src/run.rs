@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use crate::{
-    config::WorkerConfig,
+    config::{WorkerConfig, WorkerRole},
     corpus::ERASURES,
     epoch,
     error::WorkerError,
@@ -227,6 +227,7 @@ fn assemble(
     let identity = Identity {
         epoch: 0,
         numerics_id: backend.numerics_id().0,
+        drafts: config.role == WorkerRole::Draft,
     };
     let bundle = tokenizer.encode_to_vec();
     let mut description = describe(backend.as_ref(), model, &identity);
@@ -257,6 +258,7 @@ fn describe(backend: &dyn Backend, model: String, identity: &Identity) -> ModelD
         backend: backend.name().into(),
         numerics_id: identity.numerics_id.into(),
         epoch: identity.epoch,
+        drafts: identity.drafts,
         ..ModelDescription::default()
     }
 }
@@ -282,6 +284,7 @@ async fn warm_up(engine: &EngineHandle, seat: Seat) -> Result<(), WorkerError> {
         deadline: None,
         speculation: Speculation::Off,
         corpora: Vec::new(),
+        lead: None,
     })?;
     while let Ok(pending) = seat.outbox.take().await {
         match pending.ended().next().map(|last| last.finish()) {

@@ -63,6 +63,7 @@ async fn the_model_is_described() {
         numerics_id: NUMERICS.into(),
         state: WorkerState::Ready.into(),
         epoch: description.epoch,
+        drafts: false,
         tokenizer_sha256: description.tokenizer_sha256.clone(),
     };
     assert_eq!(description, expected);

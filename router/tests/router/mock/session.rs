@@ -145,7 +145,7 @@ impl Session {
                 self.shared.seen.send(Seen::Cancel(cancel)).ok();
             }
             // It does not speculate.
-            Up::Draft(_) => {}
+            Up::Draft(_) | Up::Follow(_) => {}
             Up::Ping(ping) => {
                 let elsewhere = self.shared.steps_elsewhere.load(Ordering::Relaxed);
                 self.send(Down::Pong(Pong {
