@@ -30,7 +30,7 @@ const FIRST_RATE: f32 = 0.7;
 /// Weight of a new token in the rates of a draft worker and of a generation.
 const WEIGHT: f32 = 1.0 / 256.0;
 const OWN_WEIGHT: f32 = 1.0 / 32.0;
-/// Tokens that a draft's anchor is made of, at most.
+/// The anchor is of the text's end: so many tokens will do.
 const ANCHOR: usize = 64;
 
 /// How often a draft worker had said a token before its target made it.
@@ -173,9 +173,8 @@ impl Lead {
         if !self.ahead.hear(&said, output) {
             return Ok(None);
         }
-        // The anchor is of the text's end.
-        let tail = &prompt[prompt.len().saturating_sub(ANCHOR)..];
-        let text = [tail, output].concat();
+        let end = |tokens: &[TokenId]| tokens[tokens.len().saturating_sub(ANCHOR)..].to_vec();
+        let text = [end(prompt), end(output)].concat();
         Ok(Some(Draft {
             base: output.len() as u32,
             anchor: draft_anchor(&text),

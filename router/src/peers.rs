@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    convert::Infallible,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -138,7 +139,7 @@ impl Peers {
     }
 
     /// One link, from its first question to its loss.
-    async fn once(&self, address: &Endpoint) -> Result<(), LinkError> {
+    async fn once(&self, address: &Endpoint) -> Result<Infallible, LinkError> {
         let channel = net::channel(address, &self.config.client)?;
         let mut client = RouterClient::new(channel).max_decoding_message_size(MAX_BATCH);
         let (ask, mut asked) = mpsc::channel(1);
@@ -197,18 +198,16 @@ async fn keep(peers: Arc<Peers>, address: Endpoint) {
     let mut backoff = Backoff::new(FIRST_BACKOFF, LONGEST_BACKOFF);
     let mut failing = false;
     loop {
-        match peers.once(&address).await {
-            Ok(()) => {}
+        let Err(error) = peers.once(&address).await;
+        match error {
             // A list of all routers may be the same for each of them.
-            Err(LinkError::Own) => return,
-            Err(error @ LinkError::Ended) => {
-                tracing::info!(router = %address, %error, "router followed no longer");
+            LinkError::Own => return,
+            LinkError::Ended => {
+                tracing::info!(router = %address, "router followed no longer");
                 backoff.reset();
             }
-            Err(error) if !failing => {
-                tracing::warn!(router = %address, %error, "router not followed");
-            }
-            Err(error) => tracing::debug!(router = %address, %error, "still not followed"),
+            error if !failing => tracing::warn!(router = %address, %error, "router not followed"),
+            error => tracing::debug!(router = %address, %error, "still not followed"),
         }
         failing = true;
         if peers.forget(&address) {

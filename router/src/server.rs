@@ -64,10 +64,10 @@ impl Server {
         let registry = Registry::default();
         let metrics = Metrics::new(&registry);
         let corpora = Arc::new(Corpora::new(config.corpus, metrics.clone()));
-        let address_of_own = own.borrow().address.clone();
+        let reached = own.borrow().address.clone();
         peers::start(
             config.membership.as_ref(),
-            address_of_own,
+            reached,
             config.peers,
             corpora.clone(),
             metrics.clone(),

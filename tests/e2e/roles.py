@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import threading
+import urllib.request
 
 import openai
 import pytest
@@ -16,6 +17,13 @@ from etcd import Etcd
 TTL = 2
 
 CHAT = {"messages": [{"role": "user", "content": "Count from one to a thousand."}], "temperature": 0}
+
+
+def metric(address, name):
+    """The sum of a metric over the labels that are not given; 0 where there is none."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        rows = [row for row in answer.read().decode().splitlines() if row.startswith(f"shoal_{name}")]
+    return sum(float(row.rsplit(" ", 1)[1]) for row in rows)
 
 
 class Role:

@@ -1,14 +1,11 @@
 """Text that drafts in a cluster of several routers."""
 
 import subprocess
-import urllib.request
 
 from conftest import BINARY, wait_until
-from roles import etcd, roles  # noqa: F401 (fixtures)
+from roles import etcd, metric, roles  # noqa: F401 (fixtures)
 
 TOKENS = 48
-
-
 SEA, HILL = "Tell me of the sea and of its ships.", "Tell me of a hill and of the trees on it."
 
 
@@ -22,13 +19,6 @@ def ask(router, user=None, speculation=8, question=SEA):
         user=user or "",
         extra_body={"ignore_eos": True, "speculation": speculation},
     ).choices[0].message.content
-
-
-def metric(address, name):
-    """The sum of a metric over the labels that are not given; 0 where there is none."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
-        rows = [row for row in answer.read().decode().splitlines() if row.startswith(f"shoal_{name}")]
-    return sum(float(row.rsplit(" ", 1)[1]) for row in rows)
 
 
 def accepted(etcd, group, drafter):

@@ -2,8 +2,7 @@
 
 import pytest
 from conftest import wait_until
-from roles import etcd, roles  # noqa: F401 (fixtures)
-from test_corpus import metric
+from roles import etcd, metric, roles  # noqa: F401 (fixtures)
 
 # Equal in every bit, and slow: the draft worker is to the target as a small model to a large one.
 SLOW = {"SHOAL_ISA": "scalar"}

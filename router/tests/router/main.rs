@@ -10,6 +10,7 @@ mod errors;
 mod failover;
 mod grpc;
 mod health;
+mod lead;
 mod limits;
 mod mock;
 mod openai;

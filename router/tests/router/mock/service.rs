@@ -32,10 +32,11 @@ impl Worker for Service {
         &self,
         _: Request<DescribeRequest>,
     ) -> Result<Response<ModelDescription>, Status> {
+        let script = self.0.script.lock().unwrap().clone();
         Ok(Response::new(ModelDescription {
             protocol_version: PROTOCOL_VERSION,
             features: vec!["erasures".into()],
-            model: self.0.script.lock().unwrap().model.clone(),
+            model: script.model,
             architecture: "mock".into(),
             quantization: "none".into(),
             context_length: CONTEXT,
@@ -43,6 +44,7 @@ impl Worker for Service {
             tokenizer_sha256: tokenizer_sha256(),
             numerics_id: b"mock".to_vec(),
             epoch: *self.0.epoch.lock().unwrap(),
+            drafts: script.drafts,
             state: *self.0.state.borrow() as i32,
             ..ModelDescription::default()
         }))
