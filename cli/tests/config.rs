@@ -38,7 +38,7 @@ impl Setting {
 
     fn toml(&self, value: &str) -> String {
         match self.key().as_str() {
-            "workers" => format!("['{value}']"),
+            "workers" | "peers" => format!("['{value}']"),
             "prefix_cache" | "max_running" | "max_waiting" | "max_body_bytes"
             | "default_max_tokens" | "threads" | "context" | "step_rows" | "prefill_chunk"
             | "max_sessions" | "replicas" | "tensor_parallel" | "rank" | "corpus_users" => {

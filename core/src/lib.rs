@@ -17,7 +17,9 @@ pub use params::{
     LogitBias, MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_TOP_LOGPROBS, ParamError, Sampling, Scoring,
     Stopping,
 };
-pub use speculation::{DraftScope, MAX_DRAFT_ROWS, Speculation, SpeculationError, draft_anchor};
+pub use speculation::{
+    DraftScope, MAX_DRAFT_ROWS, Speculation, SpeculationError, Subject, draft_anchor,
+};
 
 /// A token of the model's vocabulary.
 pub type TokenId = u32;

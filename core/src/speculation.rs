@@ -107,16 +107,7 @@ impl DraftScope {
     }
 
     fn hash(kind: &[u8], parts: &[&[u8]], last: &[u8]) -> Self {
-        let mut sha = Sha256::new();
-        for part in [kind].iter().chain(parts) {
-            sha.update((part.len() as u64).to_le_bytes());
-            sha.update(part);
-        }
-        sha.update(last);
-        let digest = sha.finalize();
-        let mut bytes = [0; 16];
-        bytes.copy_from_slice(&digest[..16]);
-        Self(bytes)
+        Self(name_hash(kind, parts, last))
     }
 
     /// From the wire; `None` unless it is 16 bytes long.
@@ -128,6 +119,46 @@ impl DraftScope {
     pub fn as_bytes(&self) -> &[u8; 16] {
         &self.0
     }
+}
+
+/// A tenant, or a user of one, whatever the model and the salt: what an erasure names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Subject([u8; 16]);
+
+impl Subject {
+    /// A tenant. Collision-resistant, as a [`DraftScope`] is.
+    pub fn tenant(name: &str) -> Self {
+        Self(name_hash(b"tenant subject", &[], name.as_bytes()))
+    }
+
+    /// A user of the tenant.
+    pub fn user(self, name: &str) -> Self {
+        Self(name_hash(b"user subject", &[&self.0], name.as_bytes()))
+    }
+
+    /// From the wire; `None` unless it is 16 bytes long.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().ok().map(Self)
+    }
+
+    /// As it goes over the wire.
+    pub fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
+
+/// SHA-256 of names that cannot run together, cut to 128 bits.
+fn name_hash(kind: &[u8], parts: &[&[u8]], last: &[u8]) -> [u8; 16] {
+    let mut sha = Sha256::new();
+    for part in [kind].iter().chain(parts) {
+        sha.update((part.len() as u64).to_le_bytes());
+        sha.update(part);
+    }
+    sha.update(last);
+    let digest = sha.finalize();
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&digest[..16]);
+    bytes
 }
 
 #[cfg(test)]
@@ -159,5 +190,15 @@ mod tests {
             assert_ne!(base, *other);
             assert!(others[..i].iter().all(|before| before != other));
         }
+    }
+
+    #[test]
+    fn subjects_do_not_run_together() {
+        let acme = Subject::tenant("acme");
+        assert_ne!(acme, acme.user(""));
+        assert_ne!(acme.user("a"), acme.user("b"));
+        assert_ne!(acme.user("a"), Subject::tenant("other").user("a"));
+        assert_eq!(Subject::from_bytes(acme.as_bytes()), Some(acme));
+        assert_eq!(Subject::from_bytes(b"short"), None);
     }
 }

@@ -161,10 +161,12 @@ impl Cluster {
     /// A session to the worker is open.
     pub(crate) fn connect(&self, worker: &Worker, connected: Arc<Connected>) {
         let model = &connected.model;
-        self.models.rcu(|models| {
-            let others = models.iter().filter(|m| m.name != model.name);
-            others.chain([model]).cloned().collect::<Vec<_>>()
-        });
+        if !connected.drafts() {
+            self.models.rcu(|models| {
+                let others = models.iter().filter(|m| m.name != model.name);
+                others.chain([model]).cloned().collect::<Vec<_>>()
+            });
+        }
         worker.connect(connected);
         self.changed();
     }
@@ -186,11 +188,12 @@ impl Cluster {
         self.routers.load_full()
     }
 
-    /// The workers that take sequences.
+    /// The workers that take requests.
     pub(crate) fn ready(&self) -> Vec<Ready> {
         let workers = self.workers.load();
         let ready = workers.iter().filter_map(|worker| {
-            let connected = worker.connected().filter(|c| c.is_ready())?;
+            let connected = worker.connected();
+            let connected = connected.filter(|c| c.is_ready() && !c.drafts())?;
             Some(Ready {
                 worker: worker.clone(),
                 connected,
@@ -199,7 +202,19 @@ impl Cluster {
         ready.collect()
     }
 
-    /// Whether any worker takes sequences.
+    /// The draft worker of a model's tokenizer that runs ahead of the fewest sequences.
+    pub(crate) fn drafter(&self, model: &Model) -> Option<Arc<Connected>> {
+        let tokenizer = &model.description.tokenizer_sha256;
+        let fits = |c: &Arc<Connected>| {
+            let same = c.model.description.tokenizer_sha256 == *tokenizer;
+            c.drafts() && c.is_ready() && same
+        };
+        let workers = self.workers.load();
+        let drafters = workers.iter().filter_map(|w| w.connected().filter(fits));
+        drafters.min_by_key(|c| c.session.placed().sequences)
+    }
+
+    /// Whether any worker takes requests.
     pub(crate) fn is_ready(&self) -> bool {
         let workers = self.workers.load();
         workers.iter().any(|worker| worker.is_ready())

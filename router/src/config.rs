@@ -10,7 +10,8 @@ use shoal_fabric::{
 };
 
 use crate::{
-    admission, cluster::LinkConfig, error::RouterError, keys::ApiKeys, placement::Routing,
+    admission, cluster::LinkConfig, error::RouterError, keys::ApiKeys, peers::PeerConfig,
+    placement::Routing,
 };
 
 /// The settings as a user gives them.
@@ -32,6 +33,13 @@ pub struct RouterArgs {
     pub name: Option<String>,
     /// TLS towards the workers; plain text without it.
     pub worker_tls: Option<ClientTls>,
+    /// Other routers, each `host:port`, besides those that the membership tells of; this router
+    /// may be among them.
+    pub peers: Vec<String>,
+    /// The API key to show to them: one with `router = true`.
+    pub peer_key: Option<String>,
+    /// TLS towards them; plain text without it.
+    pub peer_tls: Option<ClientTls>,
     /// TOML file of hashed API keys (see [`ApiKeys`]); without it every caller is tenant
     /// `default`.
     pub api_keys: Option<PathBuf>,
@@ -72,6 +80,9 @@ impl Default for RouterArgs {
             advertise: None,
             name: None,
             worker_tls: None,
+            peers: Vec::new(),
+            peer_key: None,
+            peer_tls: None,
             api_keys: None,
             max_running: 256,
             max_waiting: 1024,
@@ -105,12 +116,13 @@ pub struct RouterConfig {
     pub(crate) resume_window: Duration,
     pub(crate) drain: Duration,
     pub(crate) corpus: LedgerConfig,
+    pub(crate) peers: PeerConfig,
 }
 
 /// For clients to read the ends of their answers once there is nothing more to come.
 const LAST_READS: Duration = Duration::from_secs(5);
-/// For a connection to a worker: short, so that one that is back is found soon.
-const WORKER_CONNECT: Duration = Duration::from_secs(2);
+/// For a connection to a worker or another router: short, so that one that is back is found soon.
+const PEER_CONNECT: Duration = Duration::from_secs(2);
 
 impl TryFrom<RouterArgs> for RouterConfig {
     type Error = RouterError;
@@ -156,6 +168,14 @@ impl TryFrom<RouterArgs> for RouterConfig {
             "name",
             "of letters, digits and -_.:[]",
         )?;
+        let authorization = args.peer_key.map(|key| format!("Bearer {key}").parse());
+        let authorization = authorization
+            .transpose()
+            .map_err(|_| RouterError::Setting {
+                setting: "peer_key",
+                expected: "of visible ASCII characters",
+            })?;
+        let peers: Result<Vec<Endpoint>, _> = args.peers.iter().map(|p| p.parse()).collect();
         let workers: Result<Vec<Endpoint>, _> = args.workers.iter().map(|w| w.parse()).collect();
         let workers = Static::new(workers?);
         Ok(Self {
@@ -175,11 +195,20 @@ impl TryFrom<RouterArgs> for RouterConfig {
                 client: ClientConfig {
                     network: args.network,
                     tls: args.worker_tls,
-                    connect_timeout: WORKER_CONNECT,
+                    connect_timeout: PEER_CONNECT,
                     ..ClientConfig::default()
                 },
                 silence: args.worker_silence,
                 stall: args.worker_stall,
+            },
+            peers: PeerConfig {
+                client: ClientConfig {
+                    tls: args.peer_tls,
+                    connect_timeout: PEER_CONNECT,
+                    ..ClientConfig::default()
+                },
+                authorization,
+                addresses: peers?,
             },
             routing: args.routing,
             keys: args.api_keys.as_deref().map(ApiKeys::load).transpose()?,
@@ -269,6 +298,20 @@ mod tests {
                     ..args()
                 },
                 "workers",
+            ),
+            (
+                RouterArgs {
+                    peers: vec!["nowhere".into()],
+                    ..args()
+                },
+                "addresses",
+            ),
+            (
+                RouterArgs {
+                    peer_key: Some("\n".into()),
+                    ..args()
+                },
+                "peer_key",
             ),
             (
                 RouterArgs {

@@ -8,6 +8,8 @@ use shoal_fabric::{membership::EndpointError, net::NetError};
 use shoal_text::{TemplateError, TextError};
 use tonic::Code;
 
+use crate::corpus::EraseError;
+
 /// Why a router cannot start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum RouterError {
@@ -19,8 +21,8 @@ pub enum RouterError {
         /// The range that holds.
         expected: &'static str,
     },
-    /// An address of a worker, or of this router, is none.
-    #[error("workers and addresses")]
+    /// An address of a worker or a router is none.
+    #[error("workers, peers and addresses")]
     Endpoint(#[from] EndpointError),
     /// The file of API keys cannot be read.
     #[error("cannot read {}", path.display())]
@@ -93,12 +95,14 @@ pub(crate) enum RequestError {
     MethodNotAllowed { method: String, path: String },
     #[error("a valid API key is needed: `Authorization: Bearer KEY`")]
     Unauthenticated,
-    #[error("a key with `admin = true` is needed")]
-    Forbidden,
+    #[error("a key with `{0} = true` is needed")]
+    Forbidden(&'static str),
     #[error("there is no group {group:?}")]
     GroupNotFound { group: String },
     #[error("group {group:?} cannot be told: {reason}")]
     GroupUnreachable { group: String, reason: String },
+    #[error(transparent)]
+    Erase(#[from] EraseError),
     #[error("the queue is full, or longer than the deadline allows")]
     QueueFull { retry_after: Duration },
     #[error("tenant {tenant:?} is over its quota of {what}")]
@@ -147,6 +151,7 @@ impl RequestError {
             | Self::Draining
             | Self::WorkerLost { .. }
             | Self::GroupUnreachable { .. }
+            | Self::Erase(EraseError::Unheard)
             | Self::Deadline => Class::Retry,
             _ => Class::Client,
         }
@@ -165,9 +170,12 @@ impl RequestError {
             Self::RouteNotFound { .. } => "unknown_url",
             Self::MethodNotAllowed { .. } => "method_not_allowed",
             Self::Unauthenticated => "invalid_api_key",
-            Self::Forbidden => "admin_key_needed",
+            Self::Forbidden("admin") => "admin_key_needed",
+            Self::Forbidden(_) => "router_key_needed",
             Self::GroupNotFound { .. } => "group_not_found",
             Self::GroupUnreachable { .. } => "group_unreachable",
+            Self::Erase(EraseError::Full(_)) => "too_many_erasures",
+            Self::Erase(EraseError::Unheard) => "erasure_unheard",
             Self::QueueFull { .. } => "queue_full",
             Self::Quota { .. } => "rate_limit_exceeded",
             Self::Overloaded { .. } => "overloaded",
@@ -189,6 +197,7 @@ impl RequestError {
             Self::Unsupported { param } => Some(param),
             Self::ModelNotFound { .. } => Some("model"),
             Self::GroupNotFound { .. } => Some("group"),
+            Self::Erase(EraseError::Full(_)) => Some("user"),
             _ => None,
         }
     }
@@ -211,7 +220,7 @@ impl RequestError {
             Self::ModelNotFound { .. }
             | Self::RouteNotFound { .. }
             | Self::GroupNotFound { .. } => StatusCode::NOT_FOUND,
-            Self::Forbidden => StatusCode::FORBIDDEN,
+            Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Unauthenticated => StatusCode::UNAUTHORIZED,
             Self::Deadline => StatusCode::GATEWAY_TIMEOUT,
@@ -229,7 +238,7 @@ impl RequestError {
         match self {
             Self::Unsupported { .. } => Code::Unimplemented,
             Self::ModelNotFound { .. } | Self::GroupNotFound { .. } => Code::NotFound,
-            Self::Forbidden => Code::PermissionDenied,
+            Self::Forbidden(_) => Code::PermissionDenied,
             Self::Unauthenticated => Code::Unauthenticated,
             Self::Deadline => Code::DeadlineExceeded,
             _ => match self.class() {

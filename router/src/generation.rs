@@ -25,6 +25,7 @@ use crate::{
     breaker::Pass,
     cluster::Cluster,
     error::RequestError,
+    lead::{Gone, Lead, Led},
     metrics::Metrics,
     pages::Coming,
     place::{Place, Wanted},
@@ -39,6 +40,8 @@ use crate::{
 const MAX_FRUITLESS: u32 = 4;
 /// Between tries where every worker refuses a sequence that was running.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// Draft workers that one generation is led by, one after the other.
+const MAX_LEADS: u32 = 3;
 /// Most that a cancelled sequence's last word may hold its answer up; it takes about a step.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -117,6 +120,14 @@ struct Stay {
     _coming: Coming,
 }
 
+/// What a draft worker says next; without one, nothing ever.
+async fn said(lead: Option<&Lead>) -> Event {
+    match lead {
+        Some(lead) => lead.next().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// One choice of a job. Dropping it cancels it.
 #[derive(Debug)]
 pub(crate) struct Generation {
@@ -136,6 +147,10 @@ pub(crate) struct Generation {
     /// Workers that refused this sequence just now.
     avoid: Vec<Arc<str>>,
     at: Option<Stay>,
+    /// A draft worker that runs ahead of it.
+    lead: Option<Lead>,
+    /// So many did so far.
+    leads: u32,
     numerics_id: Vec<u8>,
     /// One timer for all waits.
     deadline: Pin<Box<Sleep>>,
@@ -167,6 +182,8 @@ impl Generation {
             permit: Some(permit),
             avoid: Vec::new(),
             at: None,
+            lead: None,
+            leads: 0,
             numerics_id: Vec::new(),
         }
     }
@@ -183,6 +200,10 @@ impl Generation {
             let event = tokio::select! {
                 biased;
                 event = stay.attachment.next() => event,
+                event = said(self.lead.as_ref()) => {
+                    self.pass_on(event);
+                    continue;
+                }
                 () = self.deadline.as_mut() => return Err(RequestError::Deadline),
             };
             match event {
@@ -243,6 +264,7 @@ impl Generation {
             }
             self.avoid.clear();
             self.output.extend_from_slice(&news.tokens);
+            self.be_led(&news.tokens);
         }
         if !self.prompt_scored && !output.prompt_logprobs.is_empty() {
             self.prompt_scored = true;
@@ -252,6 +274,7 @@ impl Generation {
             Finish::Unspecified => {}
             Finish::Stop | Finish::Length => {
                 self.at = None;
+                self.lead = None;
                 self.learn();
                 news.end = Some(End {
                     stopped: finish == Finish::Stop,
@@ -266,6 +289,51 @@ impl Generation {
             }
         }
         Ok(news)
+    }
+
+    /// Tells the draft worker of new tokens, or finds one, where it pays.
+    fn be_led(&mut self, made: &[TokenId]) {
+        let Some(stay) = &self.at else { return };
+        let target = &stay.connected;
+        if let Some(lead) = &mut self.lead {
+            lead.follow(made);
+            if self.job.speculation == Speculation::Auto && !lead.pays(target) {
+                self.lead = None;
+                self.leads = MAX_LEADS;
+            }
+        } else if self.leads < MAX_LEADS && self.job.speculation != Speculation::Off {
+            let led = Led {
+                job: &self.job,
+                choice: self.choice,
+                sequence: self.sequence,
+                attempt: self.leads,
+                output: &self.output,
+            };
+            let Dispatch {
+                cluster, metrics, ..
+            } = &*self.dispatch;
+            self.lead = Lead::start(cluster, metrics, target, led);
+            // What is not begun with the first tokens is not begun.
+            self.leads = match self.lead {
+                Some(_) => self.leads + 1,
+                None => MAX_LEADS,
+            };
+        }
+    }
+
+    /// Passes on what the draft worker has said.
+    fn pass_on(&mut self, event: Event) {
+        let (Some(lead), Some(stay)) = (&mut self.lead, &self.at) else {
+            return;
+        };
+        match lead.hear(event, &self.job.prompt, &self.output) {
+            Ok(draft) => {
+                if let Some(draft) = draft {
+                    stay.attachment.draft(draft);
+                }
+            }
+            Err(Gone) => self.lead = None,
+        }
     }
 
     /// Its answer is complete: it drafts for later ones.
@@ -446,6 +514,7 @@ impl Generation {
             draft_user: scope(job.scopes.user),
             draft_tenant: scope(Some(job.scopes.tenant)),
             draft_public: scope(Some(job.scopes.tenant.public())),
+            lead: None,
         }
     }
 }

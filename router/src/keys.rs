@@ -31,6 +31,7 @@ use crate::error::{RequestError, RouterError};
 /// tenant = "acme"
 /// user = "alice"               # optional
 /// admin = true                 # optional: may also see the cluster and drain its groups
+/// router = true                # optional: may also follow the text that drafts, of all tenants
 /// ```
 #[derive(Clone, Debug)]
 pub struct ApiKeys {
@@ -44,6 +45,8 @@ pub(crate) struct Caller {
     pub(crate) user: Arc<str>,
     /// May see and change the cluster.
     pub(crate) operator: bool,
+    /// May follow the logs of text that drafts: a router of the cluster.
+    pub(crate) router: bool,
 }
 
 #[derive(Deserialize)]
@@ -82,6 +85,8 @@ struct RawKey {
     user: String,
     #[serde(default)]
     admin: bool,
+    #[serde(default)]
+    router: bool,
 }
 
 impl ApiKeys {
@@ -127,6 +132,7 @@ impl ApiKeys {
                 tenant: tenant.clone(),
                 user: key.user.into(),
                 operator: key.admin,
+                router: key.router,
             };
             if by_hash.insert(hash, caller).is_some() {
                 return Err(problem(format!("key {} stands there twice", key.sha256)));

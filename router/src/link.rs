@@ -161,6 +161,9 @@ impl Link {
 
     /// Sends the worker text that drafts. Without it the worker is slower, and nothing else.
     async fn feed(&self, client: WorkerClient<Channel>, model: &Model) -> Infallible {
+        if model.description.drafts {
+            return std::future::pending().await;
+        }
         loop {
             let end = self.cluster.corpora.feed(client.clone(), model).await;
             if let Err(status) = end {
@@ -226,7 +229,9 @@ impl Link {
                     }
                 }
                 due = look.tick() => {
-                    dog.check(due, connected.session.placed().sequences > 0);
+                    // One that runs ahead of others rests for as long as they do.
+                    let works = !connected.drafts() && connected.session.placed().sequences > 0;
+                    dog.check(due, works);
                     if let Some((suspicion, time)) = dog.suspicion() {
                         self.suspect(connected, suspicion, time)?;
                     }

@@ -10,7 +10,12 @@ use prometheus_client::{
     encoding::{
         DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, LabelValueEncoder,
     },
-    metrics::{counter::Counter, family::Family, gauge::ConstGauge, histogram::Histogram},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+        histogram::Histogram,
+    },
 };
 use shoal_fabric::metrics::{Registry, latency_histogram, step_histogram};
 use tokio::time::Instant;
@@ -56,6 +61,11 @@ struct RejectLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct WorkerLabels {
     worker: Arc<str>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PeerLabels {
+    router: Arc<str>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -120,6 +130,14 @@ pub(crate) struct ModelMetrics {
     pub(crate) abandoned: Counter,
 }
 
+/// Handles to the metrics of the exchange with another router.
+#[derive(Clone, Debug)]
+pub(crate) struct PeerMetrics {
+    pub(crate) sent: Counter,
+    pub(crate) received: Counter,
+    pub(crate) lag: Gauge,
+}
+
 /// The metrics of a router; clones are the same ones.
 #[derive(Clone, Debug)]
 pub(crate) struct Metrics {
@@ -130,6 +148,12 @@ pub(crate) struct Metrics {
     pub(crate) suspicions: Counter,
     pub(crate) placed_tokens: Counter,
     pub(crate) placed_cached_tokens: Counter,
+    pub(crate) led_sequences: Counter,
+    pub(crate) led_tokens: Counter,
+    pub(crate) led_right_tokens: Counter,
+    corpus_sent: Family<PeerLabels, Counter>,
+    corpus_received: Family<PeerLabels, Counter>,
+    corpus_lag: Family<PeerLabels, Gauge>,
     rejects: Family<RejectLabels, Counter>,
     time_to_first_token: Family<ModelLabels, Histogram>,
     inter_token: Family<ModelLabels, Histogram>,
@@ -153,6 +177,12 @@ impl Metrics {
             suspicions: Counter::default(),
             placed_tokens: Counter::default(),
             placed_cached_tokens: Counter::default(),
+            led_sequences: Counter::default(),
+            led_tokens: Counter::default(),
+            led_right_tokens: Counter::default(),
+            corpus_sent: Family::default(),
+            corpus_received: Family::default(),
+            corpus_lag: Family::default(),
             rejects: Family::default(),
             time_to_first_token: Family::new_with_constructor(latency_histogram),
             inter_token: Family::new_with_constructor(step_histogram),
@@ -199,6 +229,36 @@ impl Metrics {
                 "placed_cached_tokens",
                 "Of those, the ones that the index of pages says the worker holds",
                 m.placed_cached_tokens,
+            );
+            r.register(
+                "led_sequences",
+                "Sequences that a draft worker began to run ahead of",
+                m.led_sequences,
+            );
+            r.register(
+                "led_tokens",
+                "Output tokens of sequences while a draft worker ran ahead of them",
+                m.led_tokens,
+            );
+            r.register(
+                "led_right_tokens",
+                "Of those, the ones that the draft worker had said before",
+                m.led_right_tokens,
+            );
+            r.register(
+                "corpus_sent_entries",
+                "Entries of the logs of text that drafts, told to another router",
+                m.corpus_sent,
+            );
+            r.register(
+                "corpus_received_entries",
+                "The same, heard of it",
+                m.corpus_received,
+            );
+            r.register(
+                "corpus_lag_entries",
+                "Offsets of another router's log that were yet to come when it last told of it",
+                m.corpus_lag,
             );
             r.register(
                 "rejects",
@@ -248,6 +308,16 @@ impl Metrics {
     /// Counts a refusal or a failure.
     pub(crate) fn rejected(&self, reason: &'static str) {
         self.rejects.get_or_create(&RejectLabels { reason }).inc();
+    }
+
+    /// The metrics of the exchange with the router at an address.
+    pub(crate) fn peer(&self, router: Arc<str>) -> PeerMetrics {
+        let labels = PeerLabels { router };
+        PeerMetrics {
+            sent: self.corpus_sent.get_or_create_owned(&labels),
+            received: self.corpus_received.get_or_create_owned(&labels),
+            lag: self.corpus_lag.get_or_create_owned(&labels),
+        }
     }
 
     /// The metrics of one model, looked up once per request.

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use shoal_core::{DraftScope, Namespace, Sampling, Scoring, Speculation, Stopping, TokenId};
+use shoal_core::{
+    DraftScope, Namespace, Sampling, Scoring, Speculation, Stopping, Subject, TokenId,
+};
+use shoal_draft::Whose;
 use shoal_proto::{
     inference::{
         self as api, GenerateRequest, generate_request::Prompt, speculation::Mode as Drafting,
@@ -14,7 +17,7 @@ use tokio::time::Instant;
 
 use crate::{
     error::RequestError,
-    keys::Caller,
+    keys::{Caller, Tenant},
     model::{Model, TextModel},
 };
 
@@ -61,6 +64,8 @@ pub(crate) struct Scopes {
     pub(crate) tenant: DraftScope,
     /// Where the user is known.
     pub(crate) user: Option<DraftScope>,
+    /// Who may have the answer forgotten.
+    pub(crate) whose: Whose,
 }
 
 impl Scopes {
@@ -68,10 +73,21 @@ impl Scopes {
         let tokenizer = &model.description.tokenizer_sha256;
         let tenant = DraftScope::tenant(&model.name, tokenizer, &caller.tenant.name, salt);
         let user = if user.is_empty() { &caller.user } else { user };
+        let is_known = !user.is_empty();
         Self {
             tenant,
-            user: (!user.is_empty()).then(|| tenant.user(user)),
+            user: is_known.then(|| tenant.user(user)),
+            whose: whose(&caller.tenant, user),
         }
+    }
+}
+
+/// A user of a tenant; for an empty name, all of them.
+pub(crate) fn whose(tenant: &Tenant, user: &str) -> Whose {
+    let tenant = Subject::tenant(&tenant.name);
+    Whose {
+        tenant,
+        user: (!user.is_empty()).then(|| tenant.user(user)),
     }
 }
 

@@ -21,6 +21,7 @@ use crate::{
     corpus::Corpora,
     error::RouterError,
     metrics::{Metrics, StateCollector},
+    peers,
     service::{Parts, Service},
 };
 
@@ -60,16 +61,25 @@ impl Server {
         let (name, advertise) = (config.name.as_deref(), config.advertise.as_ref());
         let own = Member::own(Role::Router, name, advertise, address)?;
         let (own, record) = watch::channel(own);
-        let corpora = Arc::new(Corpora::new(config.corpus));
         let registry = Registry::default();
         let metrics = Metrics::new(&registry);
+        let corpora = Arc::new(Corpora::new(config.corpus, metrics.clone()));
+        let reached = own.borrow().address.clone();
+        peers::start(
+            config.membership.as_ref(),
+            reached,
+            config.peers,
+            corpora.clone(),
+            metrics.clone(),
+            &shutdown,
+        );
         // Links outlive the shutdown's start: open answers still need them.
         let cluster = Cluster::start(
             config.membership.as_ref(),
             config.link,
             config.routing,
             metrics.clone(),
-            corpora,
+            corpora.clone(),
             &shutdown,
         );
         let admission = Admission::new(config.admission);
@@ -104,6 +114,7 @@ impl Server {
         let ending = async {
             shutdown.started().await;
             service.end(config.drain).await;
+            corpora.closing.cancel();
             stop.cancel();
         };
         tokio::join!(net::serve(listener, app, stop.clone()), ending);

@@ -90,6 +90,7 @@ impl Service {
                 tenant: Arc::new(Tenant::unlimited("default")),
                 user: "".into(),
                 operator: true,
+                router: true,
             },
             default_max_tokens: parts.default_max_tokens,
             open: TaskTracker::new(),

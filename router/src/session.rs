@@ -12,9 +12,10 @@ use std::{
 };
 
 use futures::Stream;
+use shoal_core::TokenId;
 use shoal_proto::worker::{
-    Cancel, Finish, Ping, RejectReason, Rejected, RouterFrame, SequenceOutput, StepOutput, Submit,
-    router_frame::Frame,
+    Cancel, Draft, Finish, Follow, Ping, RejectReason, Rejected, RouterFrame, SequenceOutput,
+    StepOutput, Submit, router_frame::Frame,
 };
 use tokio::{
     sync::{Notify, mpsc},
@@ -73,13 +74,7 @@ impl Slot {
         }
         match &mut state.pending {
             None => state.pending = Some(output),
-            Some(pending) => {
-                pending.tokens.extend(output.tokens);
-                pending.logprobs.extend(output.logprobs);
-                pending.prompt_logprobs.extend(output.prompt_logprobs);
-                pending.finish = output.finish;
-                pending.usage = output.usage;
-            }
+            Some(pending) => pending.merge(output),
         }
         drop(state);
         self.wake.notify_one();
@@ -115,6 +110,12 @@ struct Entry {
     unstarted: u64,
     /// The worker is told to end it.
     cancelled: bool,
+    /// The worker is told of it.
+    sent: bool,
+    /// Not yet sent: the newest guesses at its tokens.
+    draft: Option<Draft>,
+    /// Not yet sent: what the sequence has that it runs ahead of.
+    follow: Option<Follow>,
 }
 
 #[derive(Debug, Default)]
@@ -183,14 +184,40 @@ impl Session {
         uncached: u64,
         permit: Option<Permit>,
     ) -> Result<Attachment, Closed> {
+        let attachment = self.open(&submit, uncached, permit)?;
+        match self.outbound.send(submit).await {
+            Ok(()) => Ok(attachment),
+            Err(_) => Err(Closed(attachment.take_permit())),
+        }
+    }
+
+    /// Sends a sequence that runs ahead of another, unless that has to wait.
+    pub(crate) fn lead(self: &Arc<Self>, submit: Submit) -> Option<Attachment> {
+        let attachment = self.open(&submit, 0, None).ok()?;
+        self.outbound.try_send(submit).ok()?;
+        Some(attachment)
+    }
+
+    /// Enters a sequence into the table.
+    fn open(
+        self: &Arc<Self>,
+        submit: &Submit,
+        uncached: u64,
+        permit: Option<Permit>,
+    ) -> Result<Attachment, Closed> {
         let (sequence, attempt) = (submit.sequence, submit.attempt);
         let most = submit.stopping.as_ref().map_or(0, |s| s.max_tokens) as usize;
+        let room = match submit.lead {
+            None => most.saturating_sub(submit.resume.len()),
+            // It makes tokens anew as often as it was wrong.
+            Some(_) => usize::MAX,
+        };
         let slot = Arc::new(Slot {
             attempt,
             state: Mutex::new(SlotState {
                 pending: None,
                 end: None,
-                room: most.saturating_sub(submit.resume.len()),
+                room,
                 permit,
             }),
             wake: Notify::new(),
@@ -205,18 +232,43 @@ impl Session {
                 slot: slot.clone(),
                 unstarted: uncached,
                 cancelled: false,
+                sent: false,
+                draft: None,
+                follow: None,
             };
             table.entries.insert(sequence, entry);
         }
-        let attachment = Attachment {
+        Ok(Attachment {
             session: self.clone(),
             sequence,
             slot,
-        };
-        match self.outbound.send(submit).await {
-            Ok(()) => Ok(attachment),
-            Err(_) => Err(Closed(attachment.take_permit())),
+        })
+    }
+
+    /// Changes what is to be sent about a sequence, if it is still here.
+    fn note(&self, sequence: u64, attempt: u32, note: impl FnOnce(&mut Entry)) {
+        let mut table = lock(&self.table);
+        let entry = table.entries.get_mut(&sequence);
+        if let Some(entry) = entry.filter(|entry| entry.slot.attempt == attempt) {
+            note(entry);
+            drop(table);
+            self.wake.notify_one();
         }
+    }
+
+    /// What is to be sent before anything else: cancellations, drafts, and what sequences are
+    /// told that the worker has. None: the session is over.
+    fn notes(&self) -> Option<Vec<Frame>> {
+        let mut table = lock(&self.table);
+        if table.closed {
+            return None;
+        }
+        let mut frames: Vec<_> = table.cancels.drain(..).map(Frame::Cancel).collect();
+        for entry in table.entries.values_mut().filter(|entry| entry.sent) {
+            frames.extend(entry.draft.take().map(Frame::Draft));
+            frames.extend(entry.follow.take().map(Frame::Follow));
+        }
+        Some(frames)
     }
 
     /// Spreads the output of one engine step.
@@ -299,10 +351,12 @@ impl Session {
         }
     }
 
-    fn holds(&self, sequence: u64, attempt: u32) -> bool {
-        let table = lock(&self.table);
-        let entry = table.entries.get(&sequence);
-        entry.is_some_and(|entry| entry.slot.attempt == attempt)
+    /// Whether a sequence is still here; it is sent then.
+    fn sends(&self, sequence: u64, attempt: u32) -> bool {
+        let mut table = lock(&self.table);
+        let entry = table.entries.get_mut(&sequence);
+        let entry = entry.filter(|entry| entry.slot.attempt == attempt);
+        entry.map(|entry| entry.sent = true).is_some()
     }
 
     /// Has the worker end a sequence that is still listened to.
@@ -328,7 +382,7 @@ impl Session {
     }
 }
 
-/// Cancellations first, then submissions, and a ping now and then.
+/// Cancellations and notes first, then submissions, and a ping now and then.
 fn outgoing(
     session: Arc<Session>,
     mut submissions: mpsc::Receiver<Submit>,
@@ -339,23 +393,16 @@ fn outgoing(
         let mut ping = tokio::time::interval(ping_interval);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut nonce = 0;
-        loop {
-            let (cancels, closed) = {
-                let mut table = lock(&session.table);
-                (std::mem::take(&mut table.cancels), table.closed)
-            };
-            if closed {
-                break;
-            }
-            for cancel in cancels {
-                yield frame(Frame::Cancel(cancel));
+        while let Some(notes) = session.notes() {
+            for note in notes {
+                yield frame(note);
             }
             tokio::select! {
                 biased;
                 () = session.wake.notified() => {}
                 Some(submit) = submissions.recv() => {
                     // One that was withdrawn meanwhile must not follow its own cancellation.
-                    if session.holds(submit.sequence, submit.attempt) {
+                    if session.sends(submit.sequence, submit.attempt) {
                         yield frame(Frame::Submit(submit));
                     }
                 }
@@ -380,6 +427,32 @@ impl Attachment {
     /// Waits for news. Cancel-safe.
     pub(crate) async fn next(&self) -> Event {
         self.slot.next().await
+    }
+
+    /// Guesses at its tokens, made elsewhere; they replace those that were not sent.
+    pub(crate) fn draft(&self, draft: Draft) {
+        let (sequence, attempt) = (self.sequence, self.slot.attempt);
+        self.session.note(sequence, attempt, |entry| {
+            entry.draft = Some(Draft {
+                sequence,
+                attempt,
+                ..draft
+            });
+        });
+    }
+
+    /// Tells it what the sequence that it runs ahead of has from an output position on.
+    pub(crate) fn follow(&self, base: u32, tokens: &[TokenId]) {
+        let (sequence, attempt) = (self.sequence, self.slot.attempt);
+        self.session.note(sequence, attempt, |entry| {
+            let follow = entry.follow.get_or_insert_with(|| Follow {
+                sequence,
+                attempt,
+                base,
+                tokens: Vec::new(),
+            });
+            follow.tokens.extend_from_slice(tokens);
+        });
     }
 
     /// Has the worker end it; what it says last still comes.

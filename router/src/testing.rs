@@ -53,6 +53,7 @@ pub(crate) async fn job(mut request: GenerateRequest) -> Arc<Job> {
         caller: Caller {
             tenant: Arc::new(Tenant::unlimited("t")),
             user: "".into(),
+            router: false,
             operator: false,
         },
         request_id: "r".into(),

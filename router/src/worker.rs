@@ -14,6 +14,7 @@ use tonic::transport::Channel;
 
 use crate::{
     breaker::Breaker,
+    lead::Score,
     metrics::WorkerStatus,
     model::Model,
     pages::PageIndex,
@@ -37,6 +38,8 @@ pub(crate) struct Connected {
     state: AtomicI32,
     suspected: AtomicBool,
     report: ArcSwap<Report>,
+    /// Of a draft worker.
+    pub(crate) score: Score,
     client: WorkerClient<Channel>,
 }
 
@@ -52,6 +55,7 @@ impl Connected {
             state: AtomicI32::new(description.state),
             suspected: AtomicBool::new(false),
             report: ArcSwap::default(),
+            score: Score::default(),
             model,
             session,
             client,
@@ -61,6 +65,11 @@ impl Connected {
     pub(crate) fn state(&self) -> WorkerState {
         let state = self.state.load(Ordering::Acquire);
         WorkerState::try_from(state).unwrap_or_default()
+    }
+
+    /// Whether it is a draft worker: it runs ahead of sequences and takes none of its own.
+    pub(crate) fn drafts(&self) -> bool {
+        self.model.description.drafts
     }
 
     /// Whether it takes sequences.
@@ -187,9 +196,11 @@ impl Worker {
         }
     }
 
-    /// Whether it takes sequences.
+    /// Whether it takes requests.
     pub(crate) fn is_ready(&self) -> bool {
-        self.connected.load().as_ref().is_some_and(|c| c.is_ready())
+        let connected = self.connected.load();
+        let connected = connected.as_ref();
+        connected.is_some_and(|c| c.is_ready() && !c.drafts())
     }
 
     pub(crate) fn is_retired(&self) -> bool {

@@ -273,6 +273,7 @@ fn request(id: u64) -> Request {
         deadline: None,
         speculation: Speculation::Auto,
         corpora: Vec::new(),
+        lead: None,
     }
 }
 

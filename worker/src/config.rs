@@ -48,6 +48,28 @@ impl FromStr for BackendKind {
     }
 }
 
+/// What a worker is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WorkerRole {
+    /// It answers requests.
+    #[default]
+    Serve,
+    /// It runs ahead of what other workers answer, and takes no requests.
+    Draft,
+}
+
+impl FromStr for WorkerRole {
+    type Err = ConfigError;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        match s {
+            "serve" => Ok(Self::Serve),
+            "draft" => Ok(Self::Draft),
+            _ => Err(ConfigError::Role { given: s.into() }),
+        }
+    }
+}
+
 /// An instruction set by its name: `scalar`, `neon`, `avx2`, `avx512` or `avx512bf16`.
 ///
 /// # Errors
@@ -191,6 +213,8 @@ impl RankConfig {
 pub struct WorkerConfig {
     /// The GGUF file.
     pub model: PathBuf,
+    /// What it is for.
+    pub role: WorkerRole,
     /// The name that clients ask for; absent is the file's name without `.gguf`.
     pub name: Option<String>,
     /// Where it listens.
@@ -237,6 +261,7 @@ impl WorkerConfig {
     pub fn new(model: PathBuf, listen: ListenConfig) -> Self {
         Self {
             model,
+            role: WorkerRole::default(),
             name: None,
             listen,
             membership: Arc::new(Static::new([])),
@@ -348,6 +373,12 @@ pub enum ConfigError {
     /// Not a backend.
     #[error("the backend is cpu or candle, not {given:?}")]
     Backend {
+        /// What was given.
+        given: String,
+    },
+    /// Nothing that a worker is for.
+    #[error("a worker's role is serve or draft, not {given:?}")]
+    Role {
         /// What was given.
         given: String,
     },

@@ -30,7 +30,7 @@ mod tests;
 pub use compute::CoreTime;
 pub use config::{
     BackendKind, ConfigError, GroupConfig, Others, RankConfig, RemoteConfig, WorkerConfig,
-    parse_isa, parse_kv_type, parse_payload, parse_prompts,
+    WorkerRole, parse_isa, parse_kv_type, parse_payload, parse_prompts,
 };
 pub use error::WorkerError;
 pub use group::{GroupError, RankCommand, Watch, join_group, run_rank};

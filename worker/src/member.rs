@@ -13,7 +13,11 @@ use shoal_fabric::membership::{
 use shoal_proto::worker::{ModelDescription, WorkerState};
 use tokio::sync::watch;
 
-use crate::{config::WorkerConfig, error::WorkerError, worker::Worker};
+use crate::{
+    config::{WorkerConfig, WorkerRole},
+    error::WorkerError,
+    worker::Worker,
+};
 
 /// Makes the worker known as `member`, and keeps what is known of it up to date until it
 /// closes.
@@ -37,7 +41,11 @@ impl WorkerConfig {
     /// The worker that listens at `address`, as it is before its model is loaded.
     pub(crate) fn member(&self, address: SocketAddr) -> Result<Member, WorkerError> {
         let (name, advertise) = (self.group.as_deref(), self.advertise.as_ref());
-        let mut member = Member::own(Role::Worker, name, advertise, address)?;
+        let role = match self.role {
+            WorkerRole::Serve => Role::Worker,
+            WorkerRole::Draft => Role::Draft,
+        };
+        let mut member = Member::own(role, name, advertise, address)?;
         member.model = self.served_name()?;
         Ok(member)
     }

@@ -169,14 +169,7 @@ impl Pending {
         }
         match place {
             None => self.outputs.push(output),
-            Some(place) => {
-                let waiting = &mut self.outputs[place];
-                waiting.tokens.extend(output.tokens);
-                waiting.logprobs.extend(output.logprobs);
-                waiting.prompt_logprobs.extend(output.prompt_logprobs);
-                waiting.finish = output.finish;
-                waiting.usage = output.usage;
-            }
+            Some(place) => self.outputs[place].merge(output),
         }
     }
 

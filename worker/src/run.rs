@@ -31,7 +31,8 @@ use tonic::service::Routes;
 
 use crate::{
     compute::ComputeCollector,
-    config::WorkerConfig,
+    config::{WorkerConfig, WorkerRole},
+    corpus::ERASURES,
     epoch,
     error::WorkerError,
     group::Watch,
@@ -275,6 +276,7 @@ fn assemble(
     let identity = Identity {
         epoch: 0,
         numerics_id: backend.numerics_id().0,
+        drafts: config.role == WorkerRole::Draft,
     };
     let bundle = tokenizer.encode_to_vec();
     let mut description = describe(backend.as_ref(), model, &identity);
@@ -293,6 +295,7 @@ fn describe(backend: &dyn Backend, model: String, identity: &Identity) -> ModelD
     let pool = backend.pages() as usize * PAGE_TOKENS;
     ModelDescription {
         protocol_version: PROTOCOL_VERSION,
+        features: vec![ERASURES.into()],
         model,
         architecture: spec.architecture.name().into(),
         quantization: spec.quantization.clone(),
@@ -304,6 +307,7 @@ fn describe(backend: &dyn Backend, model: String, identity: &Identity) -> ModelD
         backend: backend.name().into(),
         numerics_id: identity.numerics_id.into(),
         epoch: identity.epoch,
+        drafts: identity.drafts,
         ..ModelDescription::default()
     }
 }
@@ -329,6 +333,7 @@ async fn warm_up(engine: &EngineHandle, seat: Seat) -> Result<(), WorkerError> {
         deadline: None,
         speculation: Speculation::Off,
         corpora: Vec::new(),
+        lead: None,
     })?;
     while let Ok(pending) = seat.outbox.take().await {
         match pending.ended().next().map(|last| last.finish()) {

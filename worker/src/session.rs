@@ -142,6 +142,15 @@ impl Session {
                 let (key, draft) = wire::draft(draft, self.seat.id);
                 self.serving.engine.draft(key, draft);
             }
+            Some(router_frame::Frame::Follow(follow)) => {
+                let key = SequenceKey {
+                    session: self.seat.id,
+                    sequence: follow.sequence,
+                    attempt: follow.attempt,
+                };
+                let (base, tokens) = (follow.base, follow.tokens);
+                self.serving.engine.follow(key, base, tokens);
+            }
             // A frame of a newer router.
             None => {}
         }

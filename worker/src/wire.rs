@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use shoal_core::{
-    Class, DraftScope, Namespace, Sampling, Scoring, Speculation, SpeculationError, Stopping,
+    Class, DraftScope, MAX_DRAFT_ROWS, Namespace, Sampling, Scoring, Speculation, SpeculationError,
+    Stopping,
 };
 use shoal_draft::{SharedCorpus, Store};
 use shoal_engine::request::{
@@ -19,6 +20,8 @@ pub(crate) struct Identity {
     pub(crate) epoch: u64,
     /// See [`NumericsId`](shoal_engine::backend::NumericsId).
     pub(crate) numerics_id: [u8; 32],
+    /// A draft worker.
+    pub(crate) drafts: bool,
 }
 
 /// Why a submission is refused.
@@ -34,6 +37,8 @@ pub(crate) enum Refusal {
     Namespace(usize),
     #[error("a draft scope has {0} bytes, not 16")]
     DraftScope(usize),
+    #[error("a draft worker takes no sequences of its own")]
+    Drafts,
     #[error(transparent)]
     Speculation(#[from] SpeculationError),
     #[error(transparent)]
@@ -45,6 +50,8 @@ impl Refusal {
         match self {
             Self::StaleEpoch { .. } => proto::RejectReason::StaleEpoch,
             Self::Numerics => proto::RejectReason::NumericsMismatch,
+            // A router that knows no draft workers asks another one.
+            Self::Drafts => proto::RejectReason::Draining,
             Self::Missing(_) | Self::Namespace(_) | Self::DraftScope(_) | Self::Speculation(_) => {
                 proto::RejectReason::Invalid
             }
@@ -73,6 +80,9 @@ pub(crate) fn request(
     }
     if !submit.numerics_id.is_empty() && submit.numerics_id != identity.numerics_id {
         return Err(Refusal::Numerics);
+    }
+    if identity.drafts && submit.lead.is_none() {
+        return Err(Refusal::Drafts);
     }
     let namespace = &submit.cache_namespace;
     let namespace = Namespace::from_bytes(namespace).ok_or(Refusal::Namespace(namespace.len()))?;
@@ -121,6 +131,7 @@ pub(crate) fn request(
             Some(rows) => Speculation::fixed(rows.into())?,
         },
         corpora,
+        lead: submit.lead.map(|tokens| tokens.min(MAX_DRAFT_ROWS)),
     })
 }
 
@@ -234,6 +245,7 @@ mod tests {
     const IDENTITY: Identity = Identity {
         epoch: 7,
         numerics_id: [1; 32],
+        drafts: false,
     };
 
     fn store() -> Store {
@@ -269,7 +281,7 @@ mod tests {
     fn drafts_come_from_the_scopes_that_are_named() {
         let (store, now) = (store(), Instant::now());
         let scope = DraftScope::tenant("m", b"t", "acme", "");
-        store.add(scope, &[1, 2, 3, 4, 5], Duration::ZERO);
+        store.add(scope, None, &[1, 2, 3, 4, 5], Duration::ZERO);
         let mut named = submit();
         named.draft_tenant = scope.as_bytes().to_vec();
         named.draft_user = scope.user("alice").as_bytes().to_vec();
@@ -305,6 +317,20 @@ mod tests {
         let mut other = submit();
         other.numerics_id = vec![2; 32];
         assert_eq!(refused(other), proto::RejectReason::NumericsMismatch);
+    }
+
+    #[test]
+    fn a_draft_worker_only_runs_ahead() {
+        let drafts = Identity {
+            drafts: true,
+            ..IDENTITY
+        };
+        let ask = |submit| request(submit, 1, &drafts, &store(), Instant::now());
+        let refused = ask(submit()).unwrap_err();
+        assert_eq!(refused.reason(), proto::RejectReason::Draining);
+        let mut ahead = submit();
+        ahead.lead = Some(1000);
+        assert_eq!(ask(ahead).unwrap().lead, Some(MAX_DRAFT_ROWS));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
+use shoal_fabric::tls::ClientTls;
 use shoal_router::{LedgerConfig, RouterArgs};
 
 use super::values::{Size, Time};
@@ -34,6 +35,29 @@ pub(crate) struct RouterSettings {
         value_delimiter = ','
     )]
     pub(crate) workers: Option<Vec<String>>,
+
+    /// Other routers, besides those that a membership tells of; all routers may be listed
+    #[arg(
+        long,
+        env = "SHOAL_ROUTER_PEERS",
+        value_name = "HOST:PORT,…",
+        value_delimiter = ','
+    )]
+    pub(crate) peers: Option<Vec<String>>,
+
+    /// API key to show to other routers: one with `router = true`
+    #[arg(
+        long,
+        env = "SHOAL_ROUTER_PEER_KEY",
+        value_name = "KEY",
+        hide_env_values = true
+    )]
+    pub(crate) peer_key: Option<String>,
+
+    /// Authority (PEM) of the other routers' certificates; they are shown the worker_cert; needed
+    /// where their listeners have TLS
+    #[arg(long, env = "SHOAL_ROUTER_PEER_CA", value_name = "FILE")]
+    pub(crate) peer_ca: Option<PathBuf>,
 
     /// File of hashed API keys (TOML); without it every caller is the tenant `default`
     #[arg(long, env = "SHOAL_ROUTER_API_KEYS", value_name = "FILE")]
@@ -133,7 +157,17 @@ impl TryFrom<RouterSettings> for RouterArgs {
     fn try_from(raw: RouterSettings) -> Result<Self, ConfigError> {
         let default = RouterArgs::default();
         let time = |given: Option<Time>, default| given.map_or(default, |time| time.0);
+        let (cert, key) = (raw.worker_cert.clone(), raw.worker_key.clone());
+        let peer_tls = raw.peer_ca.map(|ca| ClientTls {
+            ca,
+            cert,
+            key,
+            domain: None,
+        });
         Ok(Self {
+            peers: raw.peers.unwrap_or(default.peers),
+            peer_key: raw.peer_key,
+            peer_tls,
             listen: raw.listen.unwrap_or(default.listen),
             tls: tls::server("router", raw.tls_cert, raw.tls_key, raw.tls_client_ca)?,
             workers: raw.workers.unwrap_or(default.workers),
@@ -167,6 +201,7 @@ impl TryFrom<RouterSettings> for RouterArgs {
             },
             worker_silence: time(raw.worker_silence, default.worker_silence),
             worker_stall: time(raw.worker_stall, default.worker_stall),
+            network: default.network,
         })
     }
 }

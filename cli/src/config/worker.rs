@@ -21,6 +21,11 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_WORKER_MODEL", value_name = "MODEL")]
     pub(crate) model: Option<String>,
 
+    /// What it is for: serve answers requests; draft runs ahead of what other workers answer, with
+    /// a small model of their tokenizer [default: serve]
+    #[arg(long, env = "SHOAL_WORKER_ROLE", value_name = "serve|draft")]
+    pub(crate) role: Option<String>,
+
     /// Name that clients ask for [default: the file's name without .gguf]
     #[arg(long, env = "SHOAL_WORKER_NAME", value_name = "NAME")]
     pub(crate) name: Option<String>,
@@ -211,6 +216,10 @@ impl WorkerSettings {
             None => default.backend,
         };
         Ok(WorkerConfig {
+            role: match self.role {
+                Some(name) => name.parse()?,
+                None => default.role,
+            },
             name: self.name,
             group: self.group,
             advertise: self.advertise.map(|address| address.parse()).transpose()?,

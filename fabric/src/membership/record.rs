@@ -82,6 +82,8 @@ impl Member {
 pub enum Role {
     /// Runs a model.
     Worker,
+    /// Runs a model that drafts for those of workers.
+    Draft,
     /// Takes requests.
     Router,
 }

@@ -1,28 +1,41 @@
-//! A router's books of text that drafts: what each user was answered, what may therefore be
-//! shared with the other users of the tenant, and what is public. Workers follow its log.
+//! A router's books of text that drafts: what each user of the cluster was answered, what may
+//! therefore be shared with the other users of the tenant, and what is public. Workers follow
+//! its log, and so do the other routers, whose logs it takes over.
 //!
 //! A run of tokens leaves its user's scope once as many users of the tenant as the settings ask
 //! for were answered with the same run; of an answer, the longest stretches of such runs are
 //! shared. What the caller marks as secret is never counted.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::ops::Range;
+mod exchange;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shoal_core::{Class, DraftScope, TokenId};
+use shoal_core::{Class, DraftScope, Subject, TokenId};
 
 use crate::census::{Census, MOST_USERS, RUN};
 use crate::corpus::Corpus;
+use crate::erasures::Erasures;
+use crate::log::Log;
+use crate::public::{Change, Key, Listed, PublicFull, Shelf};
+use crate::record::{Answer, Entry, Erased, Event, Owner, PublicText, Record, Stamp, Whose};
 
 /// Bytes of a token in the log and the census, about.
 const TOKEN_BYTES: usize = 32;
-/// What a record costs beside its text, in tokens: an erasure has none.
+/// What a record costs beside its text, in tokens.
 const RECORD_COST: usize = 8;
-/// Tokens of a record: longer texts are cut.
-const RECORD_TOKENS: usize = 8192;
+/// Tokens of a public text's piece.
+const PIECE_TOKENS: usize = 8192;
 /// A tenant's shared text, in tokens.
 const SHARED_TOKENS: usize = 1 << 18;
+/// Erasures of a tenant that are known at one time.
+const MOST_ERASURES: usize = 4096;
+/// An erasure outlives the texts that it takes by so much, for those that are on their way.
+const ON_THEIR_WAY: Duration = Duration::from_secs(60);
+
+/// How far somebody knows logs, by their origin: the first offset that is not known.
+pub type Positions = BTreeMap<u64, u64>;
 
 /// Settings of a [`Ledger`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,88 +64,12 @@ impl Default for LedgerConfig {
     }
 }
 
-/// Whose text it is, and for which model.
-#[derive(Clone, Debug)]
-pub struct Owner {
-    /// Name of the model.
-    pub model: Arc<str>,
-    /// Name of the tenant.
-    pub tenant: Arc<str>,
-    /// What the tenant's users share.
-    pub scope: DraftScope,
-}
-
-/// An answer.
-#[derive(Clone, Debug)]
-pub struct Answer<'a> {
-    /// Whose it is.
-    pub owner: Owner,
-    /// The scope of the user.
-    pub user: DraftScope,
-    /// What was answered.
-    pub tokens: &'a [TokenId],
-    /// Stretches that are nobody else's business, ascending.
-    pub secrets: Vec<Range<usize>>,
-}
-
-/// What happened to a scope.
-#[derive(Clone, Debug)]
-pub enum Event {
-    /// It has new text.
-    Text(Arc<[TokenId]>),
-    /// Its text is gone.
-    Erased,
-}
-
-/// An entry of the log.
-#[derive(Clone, Debug)]
-pub struct Record {
-    /// Rises by one.
-    pub offset: u64,
-    /// Whose it is.
-    pub owner: Owner,
-    /// Where it drafts.
-    pub scope: DraftScope,
-    /// When it happened.
-    pub made: Instant,
-    /// What happened.
-    pub event: Event,
-    secrets: Vec<Range<usize>>,
-}
-
-/// A public text.
-#[derive(Clone, Debug)]
-struct Public {
-    owner: Owner,
-    tokens: Vec<TokenId>,
-    /// When workers were told last.
-    told: Instant,
-}
-
-/// A public text, as it is listed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listed {
-    /// Its name, unique for its tenant and model.
-    pub name: String,
-    /// The model whose tokens it is in.
-    pub model: Arc<str>,
-    /// Its length.
-    pub tokens: usize,
-}
-
-/// There is no room for a public text.
+/// More users of a tenant were forgotten than can be remembered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "the public texts of a router have at most {most} tokens together, of which {held} are taken"
-)]
-pub struct PublicFull {
-    /// Tokens of the others.
-    held: usize,
-    /// Tokens of all.
-    most: usize,
-}
+#[error("{MOST_ERASURES} users of the tenant have been erased lately: erase all of them")]
+pub struct ErasuresFull;
 
-impl PublicFull {
+impl ErasuresFull {
     /// What to do about it.
     pub fn class(&self) -> Class {
         Class::Client
@@ -143,56 +80,108 @@ impl PublicFull {
 #[derive(Debug)]
 pub struct Ledger {
     config: LedgerConfig,
-    log: VecDeque<Arc<Record>>,
-    next: u64,
-    /// Tokens in the log.
+    /// Names its own log.
+    origin: u64,
+    own: Log,
+    /// The answers of other routers, by origin; of routers that are gone, too.
+    others: BTreeMap<u64, Log>,
+    /// Other routers that tell the workers of their answers themselves.
+    live: BTreeSet<u64>,
+    /// Tokens in all logs.
     tokens: usize,
     census: Census,
     /// What is shared already, by tenant.
-    shared: HashMap<DraftScope, Corpus>,
-    public: BTreeMap<(DraftScope, String), Public>,
+    shared: HashMap<DraftScope, Shared>,
+    public: Shelf,
+    erasures: Erasures,
+}
+
+#[derive(Debug)]
+struct Shared {
+    tenant: Subject,
+    corpus: Corpus,
 }
 
 impl Ledger {
-    /// Empty books.
-    pub fn new(config: LedgerConfig) -> Self {
+    /// Empty books, whose log has this name.
+    pub fn new(config: LedgerConfig, origin: u64) -> Self {
         Self {
             config,
-            log: VecDeque::new(),
-            next: 0,
+            origin,
+            own: Log::default(),
+            others: BTreeMap::new(),
+            live: BTreeSet::new(),
             tokens: 0,
             census: Census::new(config.bytes / TOKEN_BYTES, config.ttl, Instant::now()),
             shared: HashMap::new(),
-            public: BTreeMap::new(),
+            public: Shelf::default(),
+            erasures: Erasures::default(),
         }
     }
 
-    /// The offset of the next record.
+    /// The name of its log.
+    pub fn origin(&self) -> u64 {
+        self.origin
+    }
+
+    /// The offset of its log's next record.
     pub fn next(&self) -> u64 {
-        self.next
+        self.own.next
     }
 
-    /// The records from an offset on that a model's workers want, of about `most` tokens, and
-    /// the offset after them.
-    pub fn read(&self, from: u64, model: &str, most: usize) -> (Vec<Arc<Record>>, u64) {
-        let first = self.next - self.log.len() as u64;
-        let (mut at, mut tokens) = (from.clamp(first, self.next), 0);
-        let mut records = Vec::new();
-        while at < self.next && tokens < most {
-            let record = &self.log[(at - first) as usize];
-            at += 1;
-            if *record.owner.model == *model {
-                tokens += record.len() + 1;
-                records.push(record.clone());
-            }
+    /// What the workers of a model are to be told: its own log, and the answers of routers that
+    /// cannot tell them any more, where that is its part. Of about `most` tokens, from
+    /// `positions` on, which move behind it.
+    pub fn read(&self, positions: &mut Positions, model: &str, most: usize) -> Vec<Entry> {
+        let mut left = most;
+        let wanted = |record: &Record| *record.owner.model == *model;
+        let from = positions.get(&self.origin).copied().unwrap_or(0);
+        let (records, next) = self.own.read(from, &mut left, wanted);
+        let mut entries: Vec<_> = records.into_iter().map(Entry::Text).collect();
+        let heard = self.erasures.heard_by(self.origin, from..next);
+        entries.extend(heard.map(Entry::Erased));
+        entries.sort_by_key(Entry::stamp);
+        positions.insert(self.origin, next);
+        for orphan in self.orphans() {
+            let from = positions.get(&orphan).copied().unwrap_or(0);
+            let (records, next) = self.others[&orphan].read(from, &mut left, wanted);
+            entries.extend(records.into_iter().map(Entry::Text));
+            positions.insert(orphan, next);
         }
-        (records, at)
+        entries
+    }
+
+    /// The logs of routers that are gone and of which this one tells the workers: the first of
+    /// those that are left does.
+    pub fn orphans(&self) -> Vec<u64> {
+        let leads = self.live.iter().all(|live| self.origin < *live);
+        let orphans = self
+            .others
+            .keys()
+            .filter(|o| leads && !self.live.contains(o));
+        orphans.copied().collect()
+    }
+
+    /// These other routers tell the workers of their answers themselves.
+    pub fn set_live(&mut self, live: BTreeSet<u64>, now: Instant) {
+        self.live = live;
+        self.retell_public(now);
     }
 
     /// Takes an answer in. It drafts for its user, and what of it others were told too for them.
-    pub fn learn(&mut self, answer: Answer<'_>, now: Instant) {
-        let event = Event::Text(answer.tokens.into());
-        let record = self.append(answer.owner, answer.user, event, answer.secrets, now);
+    pub fn learn(&mut self, answer: Answer, now: Instant) {
+        let record = Arc::new(Record {
+            stamp: self.stamp(),
+            owner: answer.owner,
+            scope: answer.scope,
+            whose: Some(answer.whose),
+            made: now,
+            event: Event::Answer {
+                tokens: answer.tokens,
+                secrets: answer.secrets,
+            },
+        });
+        self.append(record.clone());
         self.share(&record, now);
         self.trim(now);
     }
@@ -200,210 +189,230 @@ impl Ledger {
     /// Loads a public text for a tenant, or replaces it.
     ///
     /// # Errors
-    /// When the public texts would be more than half of what the log holds: it would lose them
-    /// and be told of them without end.
+    /// When the tenant's public texts would be more than a quarter of what the log holds, or all
+    /// of them more than half: it would lose them and be told of them without end.
     pub fn load(
         &mut self,
         owner: Owner,
         name: String,
-        tokens: Vec<TokenId>,
+        tokens: Arc<[TokenId]>,
         now: Instant,
     ) -> Result<(), PublicFull> {
         let key = (owner.scope, name);
-        let others = self.public.iter().filter(|(known, _)| **known != key);
-        let held: usize = others.map(|(_, text)| text.tokens.len()).sum();
-        let most = self.most_tokens() / 2;
-        if held + tokens.len() > most {
-            return Err(PublicFull { held, most });
-        }
-        let replaced = self.public.remove(&key).is_some();
-        let public = Public {
-            owner: owner.clone(),
-            tokens,
-            told: now,
-        };
-        self.public.insert(key.clone(), public);
-        if replaced {
-            self.tell_public(&owner, now);
-        } else {
-            self.tell_one(&key, now);
-        }
-        self.trim(now);
+        self.public
+            .check(&key, tokens.len(), self.most_tokens() / 2)?;
+        self.publish(owner, key.1, Some(tokens), now);
         Ok(())
     }
 
     /// Drops a tenant's public text. False: there is none of that name.
     pub fn unload(&mut self, tenant: &str, name: &str, now: Instant) -> bool {
-        let mut owners = Vec::new();
-        self.public.retain(|(_, known), public| {
-            let gone = known == name && *public.owner.tenant == *tenant;
-            owners.extend(gone.then(|| public.owner.clone()));
-            !gone
-        });
-        for owner in &owners {
-            self.tell_public(owner, now);
+        let owners = self.public.owners(tenant, name);
+        let is_there = !owners.is_empty();
+        for owner in owners {
+            self.publish(owner, name.to_owned(), None, now);
         }
-        !owners.is_empty()
+        is_there
+    }
+
+    fn publish(
+        &mut self,
+        owner: Owner,
+        name: String,
+        tokens: Option<Arc<[TokenId]>>,
+        now: Instant,
+    ) {
+        let key = (owner.scope, name);
+        let version = self.public.next_version(&key);
+        let stamp = self.stamp();
+        let (_, name) = key;
+        self.own.next += 1;
+        self.shelve(
+            PublicText {
+                stamp,
+                owner,
+                name,
+                version,
+                tokens,
+            },
+            now,
+        );
+        self.trim(now);
+    }
+
+    /// A public text has come, from here or elsewhere.
+    fn shelve(&mut self, text: PublicText, now: Instant) {
+        let key = (text.owner.scope, text.name.clone());
+        let (owner, is_mine) = (text.owner.clone(), self.tells(text.stamp.origin));
+        match self.public.put(text) {
+            // All say it again, so that whatever was told of the scope before is void.
+            Some(Change::Replaced) => self.tell_public(&owner, now),
+            Some(Change::New) if is_mine => self.tell_one(&key, now),
+            Some(Change::New) | None => {}
+        }
     }
 
     /// A tenant's public texts.
     pub fn list(&self, tenant: &str) -> Vec<Listed> {
-        let own = self
-            .public
-            .iter()
-            .filter(|(_, p)| *p.owner.tenant == *tenant);
-        own.map(|((_, name), public)| Listed {
-            name: name.clone(),
-            model: public.owner.model.clone(),
-            tokens: public.tokens.len(),
-        })
-        .collect()
+        self.public.list(tenant)
     }
 
     /// Forgets the answers to a user of a tenant, or to all of its users, and what is shared
-    /// because of them. `owners` are scopes of the tenant that the log may have forgotten.
-    pub fn erase(&mut self, owners: Vec<Owner>, user: Option<&str>, now: Instant) {
-        let mut scopes: HashMap<DraftScope, Owner> = HashMap::new();
-        let Some(tenant) = owners.first().map(|owner| owner.tenant.clone()) else {
-            return;
+    /// because of them, here and at every router that hears of it. Gives the erasure's name.
+    ///
+    /// # Errors
+    /// When more users were erased within the time that texts draft than can be remembered.
+    pub fn erase(&mut self, whose: Whose, now: Instant) -> Result<Stamp, ErasuresFull> {
+        // The last resort is always open.
+        let room = MOST_ERASURES * if whose.user.is_some() { 1 } else { 2 };
+        if self.erasures.count(&whose.tenant) >= room {
+            return Err(ErasuresFull);
+        }
+        let id = self.stamp();
+        self.own.next += 1;
+        let erased = Erased {
+            stamp: id,
+            id,
+            whose,
+            made: now,
         };
-        let known = self.log.iter().map(|record| &record.owner);
-        let known = known.filter(|owner| owner.tenant == tenant).cloned();
-        for owner in owners.into_iter().chain(known) {
-            scopes.insert(owner.scope, owner);
-        }
-        for owner in scopes.into_values() {
-            let public = owner.scope.public();
-            let gone: BTreeSet<DraftScope> = match user {
-                Some(user) => [owner.scope.user(user), owner.scope].into(),
-                None => {
-                    let own = self
-                        .log
-                        .iter()
-                        .filter(|record| record.owner.scope == owner.scope);
-                    let own = own
-                        .map(|record| record.scope)
-                        .filter(|scope| *scope != public);
-                    own.chain([owner.scope]).collect()
-                }
-            };
-            self.shared.remove(&owner.scope);
-            for record in &mut self.log {
-                let text = matches!(record.event, Event::Text(_));
-                if text && gone.contains(&record.scope) {
-                    self.tokens -= record.len();
-                    // The offsets of the others stay.
-                    let mut emptied = (**record).clone();
-                    emptied.event = Event::Text([].into());
-                    *record = Arc::new(emptied);
-                }
-            }
-            for scope in gone {
-                self.append(owner.clone(), scope, Event::Erased, Vec::new(), now);
-            }
-        }
-        self.recount(now);
-        self.trim(now);
+        self.erasures.hear(&erased);
+        self.forget(&whose, now);
+        Ok(id)
     }
 
-    /// Counts the answers of the log anew.
-    fn recount(&mut self, now: Instant) {
-        self.census.clear();
-        let records: Vec<_> = self.log.iter().cloned().collect();
-        for record in records {
-            let scope = record.owner.scope;
-            if record.scope != scope && record.scope != scope.public() {
-                self.share(&record, now);
-            }
+    /// Whether every live router has heard of an erasure.
+    pub fn is_heard(&self, erasure: Stamp) -> bool {
+        self.erasures.is_heard(erasure, &self.live)
+    }
+
+    /// Drops what an erasure takes, and counts the answers that are left anew.
+    fn forget(&mut self, whose: &Whose, now: Instant) {
+        let taken = |record: &Record| record.whose.is_some_and(|text| whose.takes(&text));
+        for log in std::iter::once(&mut self.own).chain(self.others.values_mut()) {
+            self.tokens -= log.retain(|record| !taken(record));
         }
+        self.shared
+            .retain(|_, shared| shared.tenant != whose.tenant);
+        self.census.clear();
+        let logs = std::iter::once(&self.own).chain(self.others.values());
+        let records: Vec<_> = logs.flat_map(Log::iter).cloned().collect();
+        for record in records {
+            self.share(&record, now);
+        }
+        self.trim(now);
     }
 
     /// Lets go what is too old or too much, and tells of public texts again in time.
     pub fn trim(&mut self, now: Instant) {
         self.census.turn(now);
         let most = self.most_tokens();
-        while let Some(first) = self.log.front() {
-            let age = now.saturating_duration_since(first.made);
-            let fits = self.tokens <= most && self.log.len() <= most / RECORD_COST;
+        loop {
+            let logs = std::iter::once(&mut self.own).chain(self.others.values_mut());
+            let count: usize = logs.map(|log| log.len()).sum();
+            let logs = std::iter::once(&mut self.own).chain(self.others.values_mut());
+            let oldest = logs
+                .filter_map(|log| Some((log.front()?.made, log)))
+                .min_by_key(|(made, _)| *made);
+            let Some((made, log)) = oldest else { break };
+            let age = now.saturating_duration_since(made);
+            let fits = self.tokens <= most && count <= most / RECORD_COST;
             if fits && age < self.config.ttl {
                 break;
             }
-            self.tokens -= first.len();
-            self.log.pop_front();
+            let gone = log.pop_front();
+            self.tokens -= gone.map_or(0, |record| record.tokens().len());
         }
         if let Some(oldest) = now.checked_sub(self.config.ttl) {
-            self.shared.retain(|_, corpus| {
-                corpus.expire(oldest);
-                !corpus.is_empty()
+            self.shared.retain(|_, shared| {
+                shared.corpus.expire(oldest);
+                !shared.corpus.is_empty()
             });
         }
+        if let Some(oldest) = now.checked_sub(self.config.ttl + ON_THEIR_WAY) {
+            self.erasures.expire(oldest);
+        }
         let half = self.config.ttl / 2;
-        self.retell(|told| now.saturating_duration_since(told) >= half, now);
+        self.retell(
+            |told| told.is_none_or(|told| now.saturating_duration_since(told) >= half),
+            now,
+        );
     }
 
     /// Tells a follower that begins anew of every public text.
     pub fn retell_public(&mut self, now: Instant) {
-        let first = self.log.front().map_or(now, |record| record.made);
-        self.retell(|told| told < first, now);
+        let first = self.own.front().map_or(now, |record| record.made);
+        self.retell(|told| told.is_none_or(|told| told < first), now);
     }
 
     /// Tells again of the public texts that were last told at such a time.
-    fn retell(&mut self, is_due: impl Fn(Instant) -> bool, now: Instant) {
-        let due = self.public.iter().filter(|(_, text)| is_due(text.told));
-        let due: Vec<_> = due.map(|(key, _)| key.clone()).collect();
+    fn retell(&mut self, is_due: impl Fn(Option<Instant>) -> bool, now: Instant) {
+        let due = self
+            .public
+            .due(|origin, told| self.tells(origin) && is_due(told));
         for key in due {
             self.tell_one(&key, now);
         }
     }
 
-    /// Of the log.
+    /// Whether it is its part to tell the workers of what a router loaded.
+    fn tells(&self, origin: u64) -> bool {
+        let leads = self.live.iter().all(|live| self.origin < *live);
+        origin == self.origin || leads && !self.live.contains(&origin)
+    }
+
+    /// Of all logs.
     fn most_tokens(&self) -> usize {
         self.config.bytes / TOKEN_BYTES
     }
 
-    fn append(
-        &mut self,
-        owner: Owner,
-        scope: DraftScope,
-        event: Event,
-        secrets: Vec<Range<usize>>,
-        made: Instant,
-    ) -> Arc<Record> {
-        let record = Arc::new(Record {
-            offset: self.next,
-            owner,
-            scope,
-            made,
-            event,
-            secrets,
-        });
-        self.next += 1;
-        self.tokens += record.len();
-        self.log.push_back(record.clone());
-        record
+    /// Where the next record of its own log stands.
+    fn stamp(&self) -> Stamp {
+        Stamp {
+            origin: self.origin,
+            offset: self.own.next,
+        }
     }
 
-    fn tell_one(&mut self, key: &(DraftScope, String), now: Instant) {
-        let Some(public) = self.public.get_mut(key) else {
+    fn append(&mut self, record: Arc<Record>) {
+        self.tokens += record.tokens().len();
+        self.own.push(record);
+    }
+
+    fn tell(
+        &mut self,
+        owner: &Owner,
+        scope: DraftScope,
+        whose: Option<Whose>,
+        event: Event,
+        now: Instant,
+    ) {
+        let record = Arc::new(Record {
+            stamp: self.stamp(),
+            owner: owner.clone(),
+            scope,
+            whose,
+            made: now,
+            event,
+        });
+        self.append(record);
+    }
+
+    fn tell_one(&mut self, key: &Key, now: Instant) {
+        let Some((owner, tokens)) = self.public.tell(key, now) else {
             return;
         };
-        public.told = now;
-        let owner = public.owner.clone();
-        let pieces: Vec<Arc<[TokenId]>> =
-            public.tokens.chunks(RECORD_TOKENS).map(Arc::from).collect();
-        for piece in pieces {
-            let scope = owner.scope.public();
-            self.append(owner.clone(), scope, Event::Text(piece), Vec::new(), now);
+        let scope = owner.scope.public();
+        for piece in tokens.chunks(PIECE_TOKENS) {
+            self.tell(&owner, scope, None, Event::Public(piece.into()), now);
         }
     }
 
     /// Tells of all public texts of a scope, and of nothing that was there before.
     fn tell_public(&mut self, owner: &Owner, now: Instant) {
         let scope = owner.scope.public();
-        self.append(owner.clone(), scope, Event::Erased, Vec::new(), now);
-        let own = self.public.keys().filter(|key| key.0 == owner.scope);
-        let own: Vec<_> = own.cloned().collect();
-        for key in own {
+        self.tell(owner, scope, None, Event::Cleared, now);
+        for key in self.public.of(owner.scope) {
             self.tell_one(&key, now);
         }
     }
@@ -411,13 +420,13 @@ impl Ledger {
     /// Counts an answer's runs, and shares the stretches that enough users have in common and
     /// that are not shared yet.
     fn share(&mut self, record: &Record, now: Instant) {
-        let Event::Text(tokens) = &record.event else {
+        let (Event::Answer { tokens, secrets }, Some(whose)) = (&record.event, record.whose) else {
             return;
         };
         let tenant = record.owner.scope;
         let [a, b, ..] = *record.scope.as_bytes();
         let user = u16::from_le_bytes([a, b]);
-        let mut secrets = record.secrets.iter().peekable();
+        let mut secrets = secrets.iter().peekable();
         // Tokens that belong to the stretch that ends here.
         let mut stretch = 0..0;
         let mut news = Vec::new();
@@ -437,34 +446,26 @@ impl Ledger {
             };
         }
         news.extend(self.new_stretch(&tenant, &tokens[stretch]));
+        let of_all = Whose {
+            user: None,
+            ..whose
+        };
         for text in news {
-            let corpus = self.shared.entry(tenant);
-            let corpus = corpus.or_insert_with(|| Corpus::new(SHARED_TOKENS));
-            corpus.push(&text, now);
-            self.append(
-                record.owner.clone(),
-                tenant,
-                Event::Text(text),
-                Vec::new(),
-                now,
-            );
+            let shared = self.shared.entry(tenant).or_insert_with(|| Shared {
+                tenant: whose.tenant,
+                corpus: Corpus::new(SHARED_TOKENS),
+            });
+            shared.corpus.push(&text, now);
+            let event = Event::Shared(text);
+            self.tell(&record.owner, tenant, Some(of_all), event, now);
         }
     }
 
     /// The stretch, if it holds a run that is not shared yet.
     fn new_stretch(&self, tenant: &DraftScope, stretch: &[TokenId]) -> Option<Arc<[TokenId]>> {
         let shared = self.shared.get(tenant);
-        let is_new = |run: &[TokenId]| !shared.is_some_and(|corpus| corpus.contains(run));
+        let is_new = |run: &[TokenId]| !shared.is_some_and(|known| known.corpus.contains(run));
         stretch.windows(RUN).any(is_new).then(|| Arc::from(stretch))
-    }
-}
-
-impl Record {
-    fn len(&self) -> usize {
-        match &self.event {
-            Event::Text(tokens) => tokens.len(),
-            Event::Erased => 0,
-        }
     }
 }
 

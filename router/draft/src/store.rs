@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use shoal_core::{DraftScope, TokenId};
 
+use crate::census::RUN;
 use crate::corpus::Corpus;
+use crate::record::Whose;
 
 /// A corpus with one writer. Readers never wait for it: they do without.
 pub type SharedCorpus = Arc<RwLock<Corpus>>;
@@ -38,6 +40,8 @@ struct Table {
 #[derive(Debug)]
 struct Entry {
     corpus: SharedCorpus,
+    /// Who may have it forgotten.
+    whose: Option<Whose>,
     used: u64,
     bytes: usize,
 }
@@ -56,19 +60,33 @@ impl Store {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The corpus of a scope, if there is text of it.
-    pub fn get(&self, scope: &DraftScope) -> Option<SharedCorpus> {
-        let mut table = self.lock();
-        table.clock += 1;
-        let clock = table.clock;
-        let entry = table.entries.get_mut(scope)?;
-        entry.used = clock;
-        Some(entry.corpus.clone())
+    /// How long a text is held.
+    pub fn ttl(&self) -> Duration {
+        self.ttl
     }
 
-    /// Adds a text that was made `age` ago. The scopes that were used least recently go where
-    /// the budget is spent.
-    pub fn add(&self, scope: DraftScope, text: &[TokenId], age: Duration) {
+    /// The corpus of a scope, if there is text of it that is not too old.
+    pub fn get(&self, scope: &DraftScope) -> Option<SharedCorpus> {
+        let corpus = {
+            let mut table = self.lock();
+            table.clock += 1;
+            let clock = table.clock;
+            let entry = table.entries.get_mut(scope)?;
+            entry.used = clock;
+            entry.corpus.clone()
+        };
+        // Whoever reads it meanwhile took it when its text was young.
+        let oldest = Instant::now().checked_sub(self.ttl);
+        if let (Some(oldest), Ok(mut corpus)) = (oldest, corpus.try_write()) {
+            corpus.expire(oldest);
+        }
+        Some(corpus)
+    }
+
+    /// Adds a text that was made `age` ago, unless several had it and it is held already: every
+    /// router finds such a text. The scopes that were used least recently go where the budget is
+    /// spent.
+    pub fn add(&self, scope: DraftScope, whose: Option<Whose>, text: &[TokenId], age: Duration) {
         let now = Instant::now();
         let made = now.checked_sub(age).unwrap_or(now);
         if text.is_empty() || age >= self.ttl {
@@ -80,12 +98,19 @@ impl Store {
             let clock = table.clock;
             let entry = table.entries.entry(scope).or_insert_with(|| Entry {
                 corpus: Arc::new(RwLock::new(Corpus::new(self.budget / SHARE / TOKEN_BYTES))),
+                whose,
                 used: 0,
                 bytes: 0,
             });
             entry.used = clock;
             entry.corpus.clone()
         };
+        if whose.is_some_and(|whose| whose.user.is_none()) {
+            let corpus = corpus.read().unwrap_or_else(PoisonError::into_inner);
+            if text.windows(RUN).all(|run| corpus.contains(run)) {
+                return;
+            }
+        }
         // A piece at a time, so that a reader that comes meanwhile misses one lookup at most.
         for piece in text.chunks(PIECE) {
             let mut corpus = corpus.write().unwrap_or_else(PoisonError::into_inner);
@@ -117,15 +142,28 @@ impl Store {
     }
 
     /// Forgets the text of a scope, also for those who hold its corpus.
-    pub fn erase(&self, scope: &DraftScope) {
+    pub fn clear(&self, scope: &DraftScope) {
         let corpus = self.lock().remove(scope);
-        if let Some(corpus) = corpus {
-            corpus
-                .write()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clear();
-        }
+        corpus.iter().for_each(empty);
     }
+
+    /// Forgets the texts that an erasure takes, also for those who hold their corpora.
+    pub fn erase(&self, whose: &Whose) {
+        let taken: Vec<SharedCorpus> = {
+            let mut table = self.lock();
+            let takes = |entry: &Entry| entry.whose.is_some_and(|text| whose.takes(&text));
+            let entries = table.entries.iter().filter(|(_, entry)| takes(entry));
+            let scopes: Vec<DraftScope> = entries.map(|(scope, _)| *scope).collect();
+            let corpora = scopes.iter().filter_map(|scope| table.remove(scope));
+            corpora.collect()
+        };
+        taken.iter().for_each(empty);
+    }
+}
+
+fn empty(corpus: &SharedCorpus) {
+    let mut corpus = corpus.write().unwrap_or_else(PoisonError::into_inner);
+    corpus.clear();
 }
 
 impl Table {
@@ -138,6 +176,8 @@ impl Table {
 
 #[cfg(test)]
 mod tests {
+    use shoal_core::Subject;
+
     use super::*;
 
     const HOUR: Duration = Duration::from_secs(3600);
@@ -154,8 +194,8 @@ mod tests {
     #[test]
     fn scopes_are_walls() {
         let store = Store::new(1 << 20, HOUR);
-        store.add(scope("a"), &[1, 2, 3, 4, 5], Duration::ZERO);
-        store.add(scope("b"), &[6, 7, 8, 9, 10], Duration::ZERO);
+        store.add(scope("a"), None, &[1, 2, 3, 4, 5], Duration::ZERO);
+        store.add(scope("b"), None, &[6, 7, 8, 9, 10], Duration::ZERO);
         assert!(knows(&store, "a", &[1, 2, 3, 4]));
         assert!(!knows(&store, "b", &[1, 2, 3, 4]));
         assert!(!knows(&store, "c", &[1, 2, 3, 4]));
@@ -164,18 +204,61 @@ mod tests {
     #[test]
     fn what_is_erased_is_gone_for_those_who_hold_it() {
         let store = Store::new(1 << 20, HOUR);
-        store.add(scope("a"), &[1, 2, 3, 4, 5], Duration::ZERO);
+        let (acme, text) = (Subject::tenant("acme"), [1, 2, 3, 4, 5]);
+        let whose = |user: Option<&str>| Whose {
+            tenant: acme,
+            user: user.map(|user| acme.user(user)),
+        };
+        for (name, whose) in [
+            ("a", Some(whose(Some("a")))),
+            ("b", Some(whose(Some("b")))),
+            ("shared", Some(whose(None))),
+            ("public", None),
+        ] {
+            store.add(scope(name), whose, &text, Duration::ZERO);
+        }
         let held = store.get(&scope("a")).unwrap();
-        store.erase(&scope("a"));
+        store.erase(&whose(Some("a")));
         assert!(held.read().unwrap().is_empty());
+        let known = |name| knows(&store, name, &text[..4]);
+        assert_eq!(
+            ["a", "b", "shared", "public"].map(known),
+            [false, true, false, true]
+        );
+        store.erase(&whose(None));
+        assert_eq!(["b", "public"].map(known), [false, true]);
+        store.clear(&scope("public"));
         assert_eq!(store.lock().bytes, 0);
-        assert!(!knows(&store, "a", &[1, 2, 3, 4]));
+    }
+
+    #[test]
+    fn what_several_had_is_held_once() {
+        let store = Store::new(1 << 20, HOUR);
+        let whose = Whose {
+            tenant: Subject::tenant("acme"),
+            user: None,
+        };
+        let text: Vec<TokenId> = (0..20).collect();
+        for text in [&text[..], &text[2..19]] {
+            store.add(scope("shared"), Some(whose), text, Duration::ZERO);
+        }
+        let corpus = store.get(&scope("shared")).unwrap();
+        assert_eq!(corpus.read().unwrap().len(), text.len() + 1);
+    }
+
+    #[test]
+    fn a_text_that_grew_old_is_not_found() {
+        let store = Store::new(1 << 20, Duration::from_millis(1));
+        store.add(scope("a"), None, &[1, 2, 3, 4, 5], Duration::ZERO);
+        while knows(&store, "a", &[1, 2, 3, 4]) {
+            std::thread::yield_now();
+        }
     }
 
     #[test]
     fn what_is_too_old_is_not_taken() {
         let store = Store::new(1 << 20, HOUR);
-        store.add(scope("a"), &[1, 2, 3, 4, 5], HOUR);
+        store.add(scope("a"), None, &[1, 2, 3, 4, 5], HOUR);
         assert!(store.get(&scope("a")).is_none());
     }
 
@@ -183,14 +266,14 @@ mod tests {
     fn the_scope_that_is_not_used_goes_first() {
         let text: Vec<TokenId> = (0..100).collect();
         let probe = Store::new(1 << 20, HOUR);
-        probe.add(scope("a"), &text, Duration::ZERO);
+        probe.add(scope("a"), None, &text, Duration::ZERO);
         let budget = 9 * probe.lock().bytes / 2;
         let store = Store::new(budget, HOUR);
         for name in ["a", "b", "c", "d"] {
-            store.add(scope(name), &text, Duration::ZERO);
+            store.add(scope(name), None, &text, Duration::ZERO);
         }
         assert!(knows(&store, "a", &text[..8]));
-        store.add(scope("e"), &text, Duration::ZERO);
+        store.add(scope("e"), None, &text, Duration::ZERO);
         for name in ["a", "c", "d", "e"] {
             assert!(knows(&store, name, &text[..8]), "{name}");
         }

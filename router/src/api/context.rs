@@ -51,7 +51,16 @@ impl Context {
     pub(super) fn authorize_operator(&self) -> Result<(), RequestError> {
         match &self.caller {
             Some(caller) if caller.operator => Ok(()),
-            Some(_) => Err(RequestError::Forbidden),
+            Some(_) => Err(RequestError::Forbidden("admin")),
+            None => Err(RequestError::Unauthenticated),
+        }
+    }
+
+    /// Whether the caller is another router of the cluster.
+    pub(super) fn authorize_router(&self) -> Result<(), RequestError> {
+        match &self.caller {
+            Some(caller) if caller.router => Ok(()),
+            Some(_) => Err(RequestError::Forbidden("router")),
             None => Err(RequestError::Unauthenticated),
         }
     }

@@ -12,16 +12,11 @@ use shoal_text::EncodeOptions;
 use tonic::{Request, Response, Status};
 
 use super::{admin, context::Context};
-use crate::{
-    error::RequestError, keys::Tenant, model::Model, request::off_thread, service::Service,
-};
+use crate::{error::RequestError, keys::Tenant, model::Model, request::whose, service::Service};
 
 /// The gRPC service.
 #[derive(Debug)]
 pub(crate) struct Corpus(pub(super) Arc<Service>);
-
-/// Work over the whole log is not for an async thread.
-const LONG: usize = usize::MAX;
 
 fn owner(model: &Model, tenant: &Tenant) -> Owner {
     let tokenizer = &model.description.tokenizer_sha256;
@@ -94,15 +89,10 @@ impl Corpus {
         mut request: Request<EraseAnswersRequest>,
     ) -> Result<EraseAnswersResponse, RequestError> {
         let tenant = self.tenant(&mut request)?;
-        let user = request.into_inner().user;
-        let models = self.0.cluster.models();
-        let owners = models.iter().map(|model| owner(model, &tenant)).collect();
+        let whose = whose(&tenant, &request.into_inner().user);
         let corpora = self.0.cluster.corpora.clone();
-        off_thread(LONG, move || {
-            corpora.erase(owners, Some(user.as_str()).filter(|user| !user.is_empty()));
-            Ok(EraseAnswersResponse {})
-        })
-        .await
+        corpora.erase(whose).await?;
+        Ok(EraseAnswersResponse {})
     }
 
     fn answer<T>(&self, result: Result<T, RequestError>) -> Result<Response<T>, Status> {

@@ -10,6 +10,7 @@ mod error;
 mod grpc;
 mod openai;
 mod operate;
+mod peers;
 
 pub(crate) use grpc::Grpc;
 
@@ -27,6 +28,7 @@ use shoal_proto::{
     DESCRIPTORS,
     admin::admin_server::AdminServer,
     inference::{corpus_server::CorpusServer, inference_server::InferenceServer},
+    router::router_server::RouterServer,
 };
 use tonic::service::Routes;
 use tonic_health::pb::health_server::{Health, HealthServer};
@@ -54,6 +56,7 @@ pub(crate) fn app(
     let grpc = Routes::new(inference)
         .add_service(AdminServer::new(operate::Admin(service.clone())))
         .add_service(corpora)
+        .add_service(RouterServer::new(peers::Peers(service.clone())))
         .add_service(health)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?);

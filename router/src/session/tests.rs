@@ -283,3 +283,40 @@ async fn pings_come_at_their_interval() {
         assert_eq!(start.elapsed(), PING * (nonce as u32 - 1));
     }
 }
+
+#[tokio::test]
+async fn the_newest_draft_wins_and_what_is_told_is_joined() {
+    let mut rig = Rig::new();
+    let lead = Submit {
+        lead: Some(4),
+        ..submit(7, 0)
+    };
+    let attachment = rig.session.lead(lead).expect("room");
+    // Before it is sent, nobody knows it.
+    attachment.follow(0, &[1]);
+    assert!(matches!(rig.frame().await, Frame::Submit(_)));
+    attachment.follow(1, &[2, 3]);
+    for token in [4, 5] {
+        attachment.draft(Draft {
+            base: 3,
+            tokens: vec![token],
+            ..Draft::default()
+        });
+    }
+    match rig.frame().await {
+        Frame::Draft(draft) => assert_eq!((draft.sequence, &*draft.tokens), (7, &[5][..])),
+        other => panic!("{other:?}"),
+    }
+    match rig.frame().await {
+        Frame::Follow(follow) => assert_eq!((follow.base, &*follow.tokens), (0, &[1, 2, 3][..])),
+        other => panic!("{other:?}"),
+    }
+    // It goes back as often as it was wrong, and says more than the answer will have.
+    for (offset, tokens) in [(0, [1, 2, 3, 4]), (4, [5, 6, 7, 8]), (2, [9, 9, 9, 9])] {
+        rig.deliver(output(0, offset, &tokens));
+    }
+    match attachment.next().await {
+        Event::Output(said) => assert_eq!(said.tokens, [1, 2, 9, 9, 9, 9]),
+        other => panic!("{other:?}"),
+    }
+}

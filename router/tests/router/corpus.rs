@@ -1,7 +1,7 @@
 //! Text that drafts: what workers are told, of whom, and what they no longer are.
 
 use serde_json::json;
-use shoal_core::DraftScope;
+use shoal_core::{DraftScope, Subject};
 use shoal_proto::inference::{
     DropTextRequest, EraseAnswersRequest, ListTextsRequest, LoadTextRequest,
     corpus_client::CorpusClient,
@@ -68,9 +68,11 @@ async fn a_user_s_answers_are_erased() {
     let mut client = CorpusClient::new(router.channel().await);
     let erase = EraseAnswersRequest { user: "a".into() };
     client.erase_answers(erase).await.unwrap();
-    let scopes = [mock.erased().await.scope, mock.erased().await.scope];
-    assert!(scopes.contains(&tenant().user("a").as_bytes().to_vec()));
-    assert!(scopes.contains(&tenant().as_bytes().to_vec()));
+    let subject = Subject::tenant("default");
+    let erased = mock.erased().await;
+    assert_eq!(erased.tenant, subject.as_bytes());
+    assert_eq!(erased.user, subject.user("a").as_bytes());
+    assert!(erased.scope.is_empty());
 }
 
 #[tokio::test]

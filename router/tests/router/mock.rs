@@ -14,7 +14,8 @@ use std::{
 use prost::Message as _;
 use sha2::{Digest, Sha256};
 use shoal_proto::worker::{
-    Cancel, CorpusRecord, RejectReason, Submit, WorkerState, worker_server::WorkerServer,
+    Cancel, CorpusRecord, Draft, Follow, RejectReason, Submit, WorkerState,
+    worker_server::WorkerServer,
 };
 use tokio::{
     net::TcpListener,
@@ -35,6 +36,8 @@ pub(crate) const CONTEXT: u32 = 512;
 pub(crate) struct Script {
     /// The model that it serves.
     pub(crate) model: String,
+    /// It is a draft worker.
+    pub(crate) drafts: bool,
     /// The answer, whoever asks; after it comes the end token.
     pub(crate) answer: Vec<u8>,
     /// Tokens per sequence and step.
@@ -56,6 +59,7 @@ impl Script {
     pub(crate) fn answer(text: &str) -> Self {
         Self {
             model: MODEL.into(),
+            drafts: false,
             answer: text.as_bytes().to_vec(),
             per_step: 1,
             break_at: None,
@@ -76,6 +80,8 @@ pub(crate) enum Seen {
     Corpus(Box<CorpusRecord>),
     /// The router's log is over.
     CorpusEnd,
+    Draft(Draft),
+    Follow(Follow),
 }
 
 #[derive(Debug)]
@@ -231,6 +237,24 @@ impl Mock {
     /// Waits until a router ends its log.
     pub(crate) async fn corpus_end(&mut self) {
         while !matches!(self.seen.recv().await.unwrap(), Seen::CorpusEnd) {}
+    }
+
+    /// The next draft.
+    pub(crate) async fn drafted(&mut self) -> Draft {
+        loop {
+            if let Seen::Draft(draft) = self.seen.recv().await.unwrap() {
+                return draft;
+            }
+        }
+    }
+
+    /// What a sequence is told next of the one that it runs ahead of.
+    pub(crate) async fn followed(&mut self) -> Follow {
+        loop {
+            if let Seen::Follow(follow) = self.seen.recv().await.unwrap() {
+                return follow;
+            }
+        }
     }
 
     /// The next cancellation.

@@ -342,6 +342,7 @@ pub(crate) mod undisturbed {
                     deadline: None,
                     speculation: Speculation::Off,
                     corpora: Vec::new(),
+                    lead: None,
                 };
                 engine.submit(request).unwrap();
                 while driver.turn() == Turn::Stepped {}

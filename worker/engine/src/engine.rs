@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use shoal_core::Class;
+use shoal_core::{Class, TokenId};
 
 use crate::backend::{Backend, BackendError, NumericsId};
 use crate::config::{ConfigError, EngineConfig, Limits};
@@ -138,6 +138,8 @@ struct Inbox {
     cancelled: Vec<SequenceKey>,
     /// The newest draft of each, of those that are live.
     drafts: HashMap<SequenceKey, PushedDraft>,
+    /// What sequences are told that run ahead of others, of those that are live.
+    told: Vec<Told>,
     /// Every sequence whose end is not published, and whether it was cancelled. Bounds the
     /// two lists above.
     live: HashMap<SequenceKey, bool>,
@@ -149,6 +151,22 @@ struct Inbox {
     stop: bool,
     /// Why the thread has ended.
     stopped: Option<String>,
+}
+
+/// What a sequence has from an output position on, for the one that runs ahead of it.
+#[derive(Debug)]
+struct Told {
+    key: SequenceKey,
+    base: usize,
+    tokens: Vec<TokenId>,
+}
+
+impl Inbox {
+    /// Whether there is nothing here that the thread has to see.
+    fn is_empty(&self) -> bool {
+        let asked = self.stop || self.check;
+        !asked && self.submitted.is_empty() && self.cancelled.is_empty() && self.told.is_empty()
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -201,6 +219,18 @@ impl EngineHandle {
         if inbox.live.contains_key(&key) {
             inbox.drafts.insert(key, draft);
         }
+    }
+
+    /// Tells a sequence that runs ahead of another one what that one has from an output position
+    /// on.
+    pub fn follow(&self, key: SequenceKey, base: u32, tokens: Vec<TokenId>) {
+        let mut inbox = lock(&self.owner.shared.inbox);
+        if inbox.live.contains_key(&key) {
+            let base = base as usize;
+            inbox.told.push(Told { key, base, tokens });
+        }
+        drop(inbox);
+        self.owner.shared.wake.notify_one();
     }
 
     /// Ends a sequence with [`Finish::Cancelled`] before the next step; without effect if it
@@ -358,11 +388,9 @@ impl Driver {
     }
 
     fn has_work(&self, inbox: &Inbox) -> bool {
-        !self.stepper.is_idle()
-            || inbox.stop
-            || inbox.check
-            || !inbox.submitted.is_empty()
-            || !inbox.cancelled.is_empty()
+        // Whoever drains waits for those that rest, too.
+        let drains = inbox.drain.is_some() && !self.stepper.is_empty();
+        !self.stepper.rests() || !inbox.is_empty() || drains
     }
 
     fn wait(&self) {
@@ -384,6 +412,7 @@ impl Driver {
         let submitted = std::mem::take(&mut inbox.submitted);
         let cancelled = std::mem::take(&mut inbox.cancelled);
         let drafts = std::mem::take(&mut inbox.drafts);
+        let told = std::mem::take(&mut inbox.told);
         let drain = inbox.drain;
         let check = std::mem::take(&mut inbox.check);
         drop(inbox);
@@ -397,6 +426,12 @@ impl Driver {
         }
         for (key, draft) in drafts {
             self.stepper.draft(key, draft);
+        }
+        for Told { key, base, tokens } in told {
+            self.stepper.follow(key, base, &tokens);
+        }
+        if drain.is_some() {
+            self.stepper.end(Finish::Preempted, |s| s.leads());
         }
         let deadline = drain.and_then(|drain| drain.deadline);
         if deadline.is_some_and(|deadline| deadline <= self.stepper.now()) {

@@ -45,6 +45,9 @@ pub struct Request {
     pub speculation: Speculation,
     /// Texts that may draft for it.
     pub corpora: Vec<(Drafter, SharedCorpus)>,
+    /// It runs ahead of a sequence elsewhere: it rests so many tokens after the last one that it
+    /// was told of, and ends only when it is ended.
+    pub lead: Option<u32>,
 }
 
 /// Why a request was not taken.

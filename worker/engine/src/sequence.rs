@@ -35,6 +35,15 @@ impl Rank {
     }
 }
 
+/// How a sequence runs ahead of one elsewhere.
+#[derive(Clone, Copy, Debug)]
+struct Lead {
+    /// Tokens ahead, at most.
+    most: usize,
+    /// Output tokens that the other one is known to have.
+    told: usize,
+}
+
 /// A sequence, waiting or running.
 #[derive(Debug)]
 pub(crate) struct Sequence {
@@ -63,6 +72,7 @@ pub(crate) struct Sequence {
     /// Prompt, then output.
     tokens: Vec<TokenId>,
     prompt: usize,
+    lead: Option<Lead>,
     /// Most output tokens: `max_tokens`, or what the context leaves.
     max_output: usize,
     vocab: usize,
@@ -143,6 +153,10 @@ impl Sequence {
             ),
             ended: false,
             namespace: request.namespace,
+            lead: request.lead.map(|most| Lead {
+                most: most as usize,
+                told: tokens.len() - prompt,
+            }),
             tokens,
             prompt,
             max_output,
@@ -359,8 +373,52 @@ impl Sequence {
         self.first_output.get_or_insert(now);
     }
 
+    /// Whether it runs ahead of a sequence elsewhere.
+    pub(crate) fn leads(&self) -> bool {
+        self.lead.is_some()
+    }
+
+    /// Whether it is far enough ahead, and waits to be told more.
+    pub(crate) fn rests(&self) -> bool {
+        let Some(lead) = self.lead else { return false };
+        let output = &self.tokens[self.prompt..];
+        let ends = |token| self.stopping.stop_tokens.contains(token);
+        let ahead = output.len() >= (lead.told + lead.most).min(self.max_output)
+            || output.last().is_some_and(ends);
+        ahead && self.pending() <= 1
+    }
+
+    /// Takes over what the sequence ahead of which it runs has from an output position on; what
+    /// it made itself stays where that is the same.
+    pub(crate) fn follow(&mut self, base: usize, told: &[TokenId]) {
+        let Some(lead) = &mut self.lead else { return };
+        let is_known = |&token: &TokenId| (token as usize) < self.vocab;
+        if base > self.tokens.len() - self.prompt || !told.iter().all(is_known) {
+            return;
+        }
+        let told = &told[..told.len().min(self.max_output - base)];
+        lead.told = lead.told.max(base + told.len());
+        let made = self.tokens[self.prompt + base..].iter();
+        let same = made
+            .zip(told)
+            .take_while(|(made, told)| made == told)
+            .count();
+        if same == told.len() {
+            return;
+        }
+        let first = self.prompt + base + same;
+        self.tokens.truncate(first);
+        self.tokens.extend_from_slice(&told[same..]);
+        self.computed = self.computed.min(first);
+        let (prompt, output) = self.tokens.split_at(self.prompt);
+        self.counts = Counts::new(&self.sampling, prompt, output);
+    }
+
     /// Why it ends with the tokens it has, if it does.
     pub(crate) fn finish(&self) -> Option<Finish> {
+        if self.leads() {
+            return None;
+        }
         let output = &self.tokens[self.prompt..];
         if let Some(last) = output.last() {
             let may_stop = output.len() > self.stopping.min_tokens as usize;

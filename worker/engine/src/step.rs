@@ -82,8 +82,13 @@ impl Stepper {
     }
 
     /// Whether no sequence is here.
-    pub(crate) fn is_idle(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.scheduler.is_empty()
+    }
+
+    /// Whether no sequence has anything to compute.
+    pub(crate) fn rests(&self) -> bool {
+        self.scheduler.rests()
     }
 
     /// Sequences that hold pages.
@@ -108,6 +113,14 @@ impl Stepper {
     pub(crate) fn draft(&mut self, key: SequenceKey, draft: PushedDraft) {
         if let Some(sequence) = self.scheduler.find(key) {
             sequence.drafting.push(draft);
+        }
+    }
+
+    /// Tells a sequence what the one ahead of which it runs has, or ends it where there is no
+    /// room for that.
+    pub(crate) fn follow(&mut self, key: SequenceKey, base: usize, told: &[TokenId]) {
+        if !self.scheduler.follow(key, base, told) {
+            self.end(Finish::Preempted, |sequence| sequence.key == key);
         }
     }
 
@@ -335,6 +348,13 @@ impl<'a> Rows<'a> {
 
 #[cfg(test)]
 impl Stepper {
+    /// The output of a sequence so far.
+    pub(crate) fn output_of(&self, key: SequenceKey) -> Vec<TokenId> {
+        let mut sequences = self.scheduler.sequences();
+        let sequence = sequences.find(|s| s.key == key).expect("a sequence");
+        sequence.output_from(0).to_vec()
+    }
+
     /// Checks the books of the page pool against what the sequences hold.
     pub(crate) fn check(&self) {
         let held = self.scheduler.sequences().map(|s| s.pages.as_slice());

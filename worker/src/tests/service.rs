@@ -50,6 +50,7 @@ async fn the_model_is_described() {
     let description = rig.description().await;
     let expected = ModelDescription {
         protocol_version: shoal_proto::PROTOCOL_VERSION,
+        features: vec!["erasures".into()],
         model: "fake".into(),
         architecture: "llama".into(),
         quantization: "F32".into(),
@@ -62,8 +63,8 @@ async fn the_model_is_described() {
         numerics_id: NUMERICS.into(),
         state: WorkerState::Ready.into(),
         epoch: description.epoch,
+        drafts: false,
         tokenizer_sha256: description.tokenizer_sha256.clone(),
-        ..ModelDescription::default()
     };
     assert_eq!(description, expected);
     let next = Rig::start().await;

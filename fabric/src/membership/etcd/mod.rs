@@ -101,7 +101,9 @@ impl Shared {
 
     fn record_key(&self, own: &Member) -> Vec<u8> {
         match own.role {
-            Role::Worker => self.key(format_args!("instances/{}/{}", own.model, own.name)),
+            Role::Worker | Role::Draft => {
+                self.key(format_args!("instances/{}/{}", own.model, own.name))
+            }
             Role::Router => self.key(format_args!("routers/{}", own.name)),
         }
     }
@@ -186,7 +188,7 @@ impl Membership for Etcd {
             let own = own.borrow();
             (own.role, own.name.clone())
         };
-        if role == Role::Worker {
+        if role != Role::Router {
             let range = Range::key(self.shared.key(format_args!("intent/{name}")));
             let follow = follow::follow(self.shared.clone(), range, move |entries| {
                 let intent = follow::intent(entries);

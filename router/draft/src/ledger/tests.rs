@@ -23,30 +23,60 @@ fn text(first: TokenId, tokens: usize) -> Vec<TokenId> {
     (first..).take(tokens).collect()
 }
 
-fn learn(ledger: &mut Ledger, tenant: &str, user: &str, tokens: &[TokenId]) {
+fn whose(tenant: &str, user: Option<&str>) -> Whose {
+    let tenant = Subject::tenant(tenant);
+    let user = user.map(|user| tenant.user(user));
+    Whose { tenant, user }
+}
+
+fn answer(tenant: &str, user: &str, tokens: &[TokenId]) -> Answer {
     let owner = owner(tenant);
-    let answer = Answer {
-        user: owner.scope.user(user),
+    Answer {
+        scope: owner.scope.user(user),
         owner,
-        tokens,
+        whose: whose(tenant, Some(user)),
+        tokens: tokens.into(),
         secrets: Vec::new(),
-    };
-    ledger.learn(answer, Instant::now());
+    }
+}
+
+fn learn(ledger: &mut Ledger, tenant: &str, user: &str, tokens: &[TokenId]) {
+    ledger.learn(answer(tenant, user, tokens), Instant::now());
+}
+
+fn load(ledger: &mut Ledger, name: &str, tokens: Vec<TokenId>) -> Result<(), PublicFull> {
+    ledger.load(owner("acme"), name.into(), tokens.into(), Instant::now())
+}
+
+fn erase(ledger: &mut Ledger, user: Option<&str>) {
+    ledger.erase(whose("acme", user), Instant::now()).unwrap();
+}
+
+/// Every entry for the workers of a model.
+fn told(ledger: &Ledger, model: &str) -> Vec<Entry> {
+    let (mut positions, mut told) = (Positions::new(), Vec::new());
+    loop {
+        let entries = ledger.read(&mut positions, model, 1000);
+        if entries.is_empty() {
+            assert_eq!(positions[&ledger.origin()], ledger.next());
+            return told;
+        }
+        told.extend(entries);
+    }
 }
 
 /// A worker that has followed the whole log.
 fn worker(ledger: &Ledger) -> Store {
     let store = Store::new(64 << 20, HOUR);
-    let mut from = 0;
-    while from < ledger.next() {
-        let (records, next) = ledger.read(from, "m", 1000);
-        for record in records {
-            match &record.event {
-                Event::Text(tokens) => store.add(record.scope, tokens, Duration::ZERO),
-                Event::Erased => store.erase(&record.scope),
+    for entry in told(ledger, "m") {
+        match entry {
+            Entry::Text(record) if record.event == Event::Cleared => store.clear(&record.scope),
+            Entry::Text(record) => {
+                store.add(record.scope, record.whose, record.tokens(), Duration::ZERO);
             }
+            Entry::Erased(erased) => store.erase(&erased.whose),
+            Entry::Public(_) => panic!("workers are told of public texts as of others"),
         }
-        from = next;
     }
     store
 }
@@ -72,7 +102,7 @@ fn drafted(store: &Store, tenant: &str, user: &str, tokens: &[TokenId]) -> usize
 
 #[test]
 fn an_answer_drafts_for_its_user_and_for_others_once_enough_had_it() {
-    let mut ledger = Ledger::new(config(3));
+    let mut ledger = Ledger::new(config(3), 1);
     let answer = text(100, 30);
     for (user, others) in [("a", 0), ("b", 0), ("c", 22)] {
         learn(&mut ledger, "acme", user, &answer);
@@ -91,7 +121,7 @@ fn an_answer_drafts_for_its_user_and_for_others_once_enough_had_it() {
 
 #[test]
 fn only_what_is_common_is_shared() {
-    let mut ledger = Ledger::new(config(2));
+    let mut ledger = Ledger::new(config(2), 1);
     let common = text(100, 20);
     for (user, own) in [("a", 1000), ("b", 2000)] {
         let answer = [text(own, 10), common.clone(), text(own + 50, 10)].concat();
@@ -106,13 +136,10 @@ fn only_what_is_common_is_shared() {
 
 #[test]
 fn secrets_are_never_shared() {
-    let mut ledger = Ledger::new(config(1));
-    let owner = owner("acme");
+    let mut ledger = Ledger::new(config(1), 1);
     let answer = Answer {
-        user: owner.scope.user("a"),
-        owner,
-        tokens: &text(100, 60),
         secrets: vec![20..22, 40..41],
+        ..answer("acme", "a", &text(100, 60))
     };
     ledger.learn(answer, Instant::now());
     let store = worker(&ledger);
@@ -127,7 +154,7 @@ fn secrets_are_never_shared() {
 
 #[test]
 fn erased_users_leave_nothing_behind() {
-    let mut ledger = Ledger::new(config(2));
+    let mut ledger = Ledger::new(config(2), 1);
     let (both, all) = (text(100, 20), text(500, 20));
     for user in ["a", "b"] {
         learn(&mut ledger, "acme", user, &both);
@@ -135,9 +162,8 @@ fn erased_users_leave_nothing_behind() {
     for user in ["a", "b", "c"] {
         learn(&mut ledger, "acme", user, &all);
     }
-    let faq = ledger.load(owner("acme"), "faq".into(), text(900, 20), Instant::now());
-    assert_eq!(faq, Ok(()));
-    ledger.erase(vec![owner("acme")], Some("a"), Instant::now());
+    assert_eq!(load(&mut ledger, "faq", text(900, 20)), Ok(()));
+    erase(&mut ledger, Some("a"));
     let store = worker(&ledger);
     assert_eq!(drafted(&store, "acme", "a", &both), 0);
     assert_eq!(drafted(&store, "acme", "b", &both), 12);
@@ -149,7 +175,7 @@ fn erased_users_leave_nothing_behind() {
     );
     assert_eq!(drafted(&store, "acme", "x", &text(900, 20)), 12);
 
-    ledger.erase(vec![owner("acme")], None, Instant::now());
+    erase(&mut ledger, None);
     let store = worker(&ledger);
     for user in ["a", "b", "c", "x"] {
         assert_eq!(drafted(&store, "acme", user, &all), 0);
@@ -163,17 +189,18 @@ fn erased_users_leave_nothing_behind() {
 
 #[test]
 fn public_text_is_loaded_replaced_listed_and_dropped() {
-    let mut ledger = Ledger::new(LedgerConfig {
-        bytes: 2 << 20,
+    let config = LedgerConfig {
+        bytes: 4 << 20,
         ..config(3)
-    });
+    };
+    let mut ledger = Ledger::new(config, 1);
     let now = Instant::now();
     for (name, text) in [
         ("faq", text(100, 20_000)),
         ("terms", text(50_000, 50)),
         ("faq", text(30_000, 60)),
     ] {
-        assert_eq!(ledger.load(owner("acme"), name.into(), text, now), Ok(()));
+        assert_eq!(load(&mut ledger, name, text), Ok(()));
     }
     let listed = ledger.list("acme");
     let names: Vec<_> = listed.iter().map(|l| (l.name.as_str(), l.tokens)).collect();
@@ -190,14 +217,19 @@ fn public_text_is_loaded_replaced_listed_and_dropped() {
     assert_eq!(drafted(&store, "acme", "x", &text(50_000, 30)), 22);
 }
 
+/// Books whose log holds so many tokens.
+fn small(tokens: usize) -> Ledger {
+    let config = LedgerConfig {
+        bytes: 32 * tokens,
+        ..config(3)
+    };
+    Ledger::new(config, 1)
+}
+
 #[test]
 fn the_log_is_bounded_and_public_text_outlives_it() {
-    let mut ledger = Ledger::new(LedgerConfig {
-        bytes: 32 * 4000,
-        ..config(3)
-    });
-    let faq = ledger.load(owner("acme"), "faq".into(), text(900, 20), Instant::now());
-    assert_eq!(faq, Ok(()));
+    let mut ledger = small(4000);
+    assert_eq!(load(&mut ledger, "faq", text(900, 20)), Ok(()));
     for answer in 0..500 {
         learn(&mut ledger, "acme", "a", &text(answer * 100, 50));
         assert!(ledger.tokens <= 4000);
@@ -205,56 +237,87 @@ fn the_log_is_bounded_and_public_text_outlives_it() {
     ledger.retell_public(Instant::now());
     let store = worker(&ledger);
     assert_eq!(drafted(&store, "acme", "x", &text(900, 20)), 12);
-    let (all, next) = ledger.read(0, "m", usize::MAX);
-    assert_eq!(
-        (all.last().unwrap().offset + 1, next),
-        (next, ledger.next())
-    );
-    assert!(ledger.read(0, "another model", usize::MAX).0.is_empty());
+    assert!(told(&ledger, "another model").is_empty());
 
     ledger.trim(Instant::now() + HOUR);
-    let (rest, _) = ledger.read(0, "m", usize::MAX);
-    assert!(
-        rest.iter()
-            .all(|record| record.scope == owner("acme").scope.public())
-    );
+    let public = owner("acme").scope.public();
+    let is_public = |entry: &Entry| match entry {
+        Entry::Text(record) => record.scope == public,
+        _ => false,
+    };
+    assert!(told(&ledger, "m").iter().all(is_public));
 }
 
 #[test]
-fn public_text_leaves_room_for_answers() {
-    let mut ledger = Ledger::new(LedgerConfig {
-        bytes: 32 * 4000,
-        ..config(3)
+fn public_text_leaves_room_for_answers_and_for_other_tenants() {
+    let mut ledger = small(8000);
+    let (of, most) = ("a tenant", 2000);
+    assert_eq!(load(&mut ledger, "faq", text(0, 1500)), Ok(()));
+    let full = Err(PublicFull {
+        of,
+        held: 1500,
+        most,
     });
-    let mut load = |name: &str, tokens| {
-        let now = Instant::now();
-        ledger.load(owner("acme"), name.into(), text(0, tokens), now)
-    };
-    assert_eq!(load("faq", 1500), Ok(()));
-    let (held, most) = (1500, 2000);
-    assert_eq!(load("terms", 501), Err(PublicFull { held, most }));
-    assert_eq!(load("terms", 500), Ok(()));
+    assert_eq!(load(&mut ledger, "terms", text(0, 501)), full);
+    assert_eq!(load(&mut ledger, "terms", text(0, 500)), Ok(()));
     // What is refused replaces nothing; what is replaced does not count.
-    assert_eq!(load("faq", 1501), Err(PublicFull { held: 500, most }));
+    let full = Err(PublicFull {
+        of,
+        held: 500,
+        most,
+    });
+    assert_eq!(load(&mut ledger, "faq", text(0, 1501)), full);
     for _ in 0..10 {
-        assert_eq!(load("faq", 1499), Ok(()));
+        assert_eq!(load(&mut ledger, "faq", text(0, 1499)), Ok(()));
     }
-    assert!(ledger.tokens <= 4000);
+    assert!(ledger.tokens <= 8000);
     let listed: Vec<_> = ledger.list("acme").iter().map(|text| text.tokens).collect();
     assert_eq!(listed, [1499, 500]);
+    let mut load = |tenant: &str, tokens| {
+        let now = Instant::now();
+        ledger.load(owner(tenant), "faq".into(), text(0, tokens).into(), now)
+    };
+    assert_eq!(load("b", 2000), Ok(()));
+    let full = PublicFull {
+        of: "a cluster",
+        held: 3999,
+        most: 4000,
+    };
+    assert_eq!(load("c", 2), Err(full));
 }
 
 #[test]
-fn erasures_do_not_pile_up() {
-    let mut ledger = Ledger::new(LedgerConfig {
-        bytes: 32 * 4000,
-        ..config(3)
-    });
-    for user in 0..1000 {
-        let user = format!("{user}");
-        ledger.erase(vec![owner("acme")], Some(&user), Instant::now());
-        assert!(ledger.log.len() <= 500);
+fn erasures_are_bounded_and_outlive_the_log() {
+    let mut ledger = small(4000);
+    learn(&mut ledger, "acme", "0", &text(0, 50));
+    for user in 0..MOST_ERASURES {
+        erase(&mut ledger, Some(&user.to_string()));
     }
+    let full = ledger.erase(whose("acme", Some("one more")), Instant::now());
+    assert_eq!(full, Err(ErasuresFull));
+    assert!(ledger.erase(whose("acme", None), Instant::now()).is_ok());
+    // No answer pushes one out, and a worker that was away hears of all.
+    for answer in 0..200 {
+        learn(&mut ledger, "acme", "a", &text(answer * 100, 50));
+    }
+    let erased = |entry: &Entry| matches!(entry, Entry::Erased(_));
+    let told = told(&ledger, "m");
+    assert_eq!(
+        told.iter().filter(|entry| erased(entry)).count(),
+        MOST_ERASURES + 1
+    );
+    ledger.trim(Instant::now() + HOUR);
+    assert!(
+        ledger
+            .erase(whose("acme", Some("a")), Instant::now())
+            .is_err()
+    );
+    ledger.trim(Instant::now() + HOUR + ON_THEIR_WAY + Duration::from_secs(1));
+    assert!(
+        ledger
+            .erase(whose("acme", Some("a")), Instant::now())
+            .is_ok()
+    );
 }
 
 /// The probability that a member's score is above a stranger's, ties by half.
@@ -274,7 +337,7 @@ fn probe(users: usize, holders: usize, attacker: &str) -> (f64, f64) {
     const TRIALS: u32 = 1000;
     let mut scores = [Vec::new(), Vec::new()];
     for trial in 0..TRIALS {
-        let mut ledger = Ledger::new(config(users));
+        let mut ledger = Ledger::new(config(users), 1);
         let template = text(10_000, 12 + trial as usize % 9);
         let secret = [template.clone(), text(20_000 + trial * 100, 20)].concat();
         for user in 0..users {

@@ -41,9 +41,11 @@ impl Worker for Service {
         &self,
         _: Request<DescribeRequest>,
     ) -> Result<Response<ModelDescription>, Status> {
+        let script = self.0.script.lock().unwrap().clone();
         Ok(Response::new(ModelDescription {
             protocol_version: PROTOCOL_VERSION,
-            model: self.0.script.lock().unwrap().model.clone(),
+            features: vec!["erasures".into()],
+            model: script.model,
             architecture: "mock".into(),
             quantization: "none".into(),
             context_length: CONTEXT,
@@ -51,6 +53,7 @@ impl Worker for Service {
             tokenizer_sha256: tokenizer_sha256(),
             numerics_id: b"mock".to_vec(),
             epoch: *self.0.epoch.lock().unwrap(),
+            drafts: script.drafts,
             state: *self.0.state.borrow() as i32,
             ..ModelDescription::default()
         }))
@@ -84,7 +87,7 @@ impl Worker for Service {
         request: Request<Streaming<CorpusRecord>>,
     ) -> Result<Response<Self::CorpusStream>, Status> {
         let (records, end) = (request.into_inner(), CorpusEnd(self.0.seen.clone()));
-        let first = futures::stream::iter([Ok(CorpusPosition { next: 0 })]);
+        let first = futures::stream::iter([Ok(CorpusPosition::default())]);
         // Every record is one, the first included: it says whose log this is.
         let rest = records.filter_map(move |record| {
             if let Ok(record) = record {

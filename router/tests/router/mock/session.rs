@@ -149,8 +149,8 @@ impl Session {
                 }
                 self.shared.seen.send(Seen::Cancel(cancel)).ok();
             }
-            // It does not speculate.
-            Up::Draft(_) => {}
+            Up::Draft(draft) => drop(self.shared.seen.send(Seen::Draft(draft))),
+            Up::Follow(follow) => drop(self.shared.seen.send(Seen::Follow(follow))),
             Up::Ping(ping) => {
                 let elsewhere = self.shared.steps_elsewhere.load(Ordering::Relaxed);
                 self.send(Down::Pong(Pong {

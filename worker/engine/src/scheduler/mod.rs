@@ -14,6 +14,8 @@ mod chunk;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use shoal_core::TokenId;
+
 pub(crate) use self::batch::{BatchBuffer, Slot};
 use self::chunk::StepTimeModel;
 use crate::config::Limits;
@@ -72,9 +74,30 @@ impl Scheduler {
         }
     }
 
-    /// Whether there is nothing to do.
+    /// Whether there is no sequence.
     pub(crate) fn is_empty(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Whether there is nothing to do: those that run ahead of others may all be far enough.
+    pub(crate) fn rests(&self) -> bool {
+        self.waiting.is_empty() && self.running.iter().all(|sequence| sequence.rests())
+    }
+
+    /// Tells a sequence what the one ahead of which it runs has. False: there is no page for it.
+    pub(crate) fn follow(&mut self, key: SequenceKey, base: usize, told: &[TokenId]) -> bool {
+        if let Some(sequence) = self.running.iter_mut().find(|s| s.key == key) {
+            sequence.follow(base, told);
+            while sequence.pages.len() < sequence.pages_needed() {
+                let Some(page) = self.kv.allocate() else {
+                    return false;
+                };
+                sequence.pages.push(page);
+            }
+        } else if let Some(sequence) = self.waiting.values_mut().find(|s| s.key == key) {
+            sequence.follow(base, told);
+        }
+        true
     }
 
     /// Sequences that hold pages.
@@ -228,7 +251,7 @@ impl Scheduler {
         let mut short = false;
         let mut at = 0;
         while at < self.running.len() {
-            if self.running[at].is_decoding() {
+            if self.running[at].is_decoding() && !self.running[at].rests() {
                 let fits = loop {
                     let sequence = &mut self.running[at];
                     if sequence.pages.len() >= sequence.pages_needed() {

@@ -3,6 +3,7 @@
 mod engine;
 pub(crate) mod fake;
 mod laws;
+mod lead;
 mod policy;
 mod rig;
 mod scoring;

@@ -129,7 +129,7 @@ fn cancelled_pages_are_free_at_once() {
     rig.cancel(1);
     assert_eq!(usage(&mut rig), 0.0);
     assert_eq!(rig.of(1).finish(), Some(Finish::Cancelled));
-    assert!(rig.stepper.is_idle());
+    assert!(rig.stepper.is_empty());
 }
 
 #[test]
@@ -284,7 +284,7 @@ fn a_step_that_takes_pages_away_admits_nobody() {
     urgent.priority = 9;
     rig.submit(urgent).unwrap();
     let mut preempted = false;
-    while !rig.stepper.is_idle() {
+    while !rig.stepper.is_empty() {
         let before = (rig.stepper.running(), rig.metrics.preemptions.get());
         rig.step();
         let after = (rig.stepper.running(), rig.metrics.preemptions.get());

@@ -43,6 +43,7 @@ pub(crate) fn request(id: u64, prompt: Vec<u32>, max_tokens: u32) -> Request {
         deadline: None,
         speculation: Speculation::Auto,
         corpora: Vec::new(),
+        lead: None,
     }
 }
 
@@ -168,7 +169,7 @@ impl Rig {
     /// Steps until nothing is left.
     pub(crate) fn run(&mut self) {
         for _ in 0..100_000 {
-            if self.stepper.is_idle() {
+            if self.stepper.is_empty() {
                 self.collect();
                 return;
             }

@@ -119,7 +119,7 @@ fn check(setting: impl Fn(&mut Request), mode: Speculation) -> usize {
         for request in &requests {
             rig.submit(request.clone()).unwrap();
         }
-        while !rig.stepper.is_idle() {
+        while !rig.stepper.is_empty() {
             for (request, expected) in requests.iter().zip(&expected) {
                 let done = rig
                     .collected
@@ -218,7 +218,7 @@ fn choices_and_resumed_answers_are_drafted_for_like_any() {
             rest.resume = expected.tokens[..done].to_vec();
             rest.speculation = Speculation::Fixed(16);
             rig.submit(rest.clone()).unwrap();
-            while !rig.stepper.is_idle() {
+            while !rig.stepper.is_empty() {
                 let made = rig.collected.get(&rest.key).map_or(0, |c| c.tokens.len());
                 let draft = draft(&whole, &expected.tokens, done + made, &mut state);
                 rig.stepper.draft(rest.key, draft);
