@@ -99,7 +99,7 @@ fn logits(group: &mut CpuGroup, tokens: &[TokenId], chunk: usize) -> Vec<f32> {
     let mut sequence = Sequence::scattered(group);
     let chunks = tokens.chunks(chunk);
     chunks
-        .flat_map(|part| append(group, &mut sequence, part, Role::Prompt).unwrap())
+        .flat_map(|part| append(group, &mut sequence, part, Role::Prompt).expect("a step"))
         .collect()
 }
 
