@@ -134,6 +134,7 @@ impl TryFrom<RouterSettings> for RouterArgs {
         let default = RouterArgs::default();
         let time = |given: Option<Time>, default| given.map_or(default, |time| time.0);
         Ok(Self {
+            network: default.network,
             listen: raw.listen.unwrap_or(default.listen),
             tls: tls::server("router", raw.tls_cert, raw.tls_key, raw.tls_client_ca)?,
             workers: raw.workers.unwrap_or(default.workers),
