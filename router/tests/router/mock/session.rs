@@ -229,7 +229,7 @@ impl Running {
 
     fn advance(&mut self, script: &Script) -> SequenceOutput {
         let stopping = self.submit.stopping.clone().unwrap();
-        let scoring = self.submit.scoring.unwrap();
+        let scoring = self.submit.scoring.unwrap_or_default();
         let max = stopping.max_tokens as usize;
         let offset = self.done;
         let mut tokens = Vec::new();
