@@ -1,18 +1,21 @@
-"""Workers die, stop and restart under load; no client may notice more than a pause."""
+"""Workers, ranks, links and etcd fail under load; no client may notice more than a pause."""
 
 import asyncio
 import sys
 
+import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
 import chaos  # noqa: E402
 
-def test_answers_survive_random_kills_and_stops():
-    report, errors = asyncio.run(chaos.run(replicas=4, streams=32, seconds=60))
+
+@pytest.mark.parametrize("groups", [[1, 1, 1, 1], [2, 2]], ids=["4 workers", "2 groups of 2"])
+def test_answers_survive_faults(groups):
+    report, errors = asyncio.run(chaos.run(groups, streams=32, seconds=60))
     print(report)
     assert not errors, errors[:5]
-    assert report["faults"].keys() == {"kill", "stop"} and report["resubmissions"] > 0
+    assert report["faults"].keys() >= {"kill", "stop", "cut", "etcd kill"} and report["resubmissions"] > 0
 
 
 def test_a_rolling_restart_is_not_noticed():
