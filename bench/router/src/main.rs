@@ -1,7 +1,9 @@
 //! Measures the router against workers whose model only takes time: real service, scheduler
-//! and prefix cache, with a backend that sleeps. Prints Markdown tables.
+//! and prefix cache, with a backend that sleeps; and the index of text that drafts. Prints Markdown
+//! tables.
 
 mod http;
+mod index;
 mod overhead;
 mod overload;
 mod paced;
@@ -34,6 +36,8 @@ enum What {
     Overload(overload::Args),
     /// What the router adds to each token
     Overhead(overhead::Args),
+    /// Text that drafts: taking it in and finding it
+    Index(index::Args),
 }
 
 #[tokio::main]
@@ -43,5 +47,6 @@ async fn main() -> Result<()> {
         What::Routing(a) => routing::run(&args.shoal, &a).await,
         What::Overload(a) => overload::run(&args.shoal, &a).await,
         What::Overhead(a) => overhead::run(&args.shoal, &a).await,
+        What::Index(a) => index::run(&a),
     }
 }
