@@ -25,7 +25,7 @@ use crate::{
     breaker::Pass,
     cluster::Cluster,
     error::RequestError,
-    lead::{Gone, Lead, Led},
+    lead::{Leads, Led},
     metrics::Metrics,
     pages::Coming,
     place::{Place, Wanted},
@@ -40,8 +40,6 @@ use crate::{
 const MAX_FRUITLESS: u32 = 4;
 /// Between tries where every worker refuses a sequence that was running.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
-/// Draft workers that one generation is led by, one after the other.
-const MAX_LEADS: u32 = 3;
 /// Most that a cancelled sequence's last word may hold its answer up; it takes about a step.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -120,14 +118,6 @@ struct Stay {
     _coming: Coming,
 }
 
-/// What a draft worker says next; without one, nothing ever.
-async fn said(lead: Option<&Lead>) -> Event {
-    match lead {
-        Some(lead) => lead.next().await,
-        None => std::future::pending().await,
-    }
-}
-
 /// One choice of a job. Dropping it cancels it.
 #[derive(Debug)]
 pub(crate) struct Generation {
@@ -147,10 +137,7 @@ pub(crate) struct Generation {
     /// Workers that refused this sequence just now.
     avoid: Vec<Arc<str>>,
     at: Option<Stay>,
-    /// A draft worker that runs ahead of it.
-    lead: Option<Lead>,
-    /// So many did so far.
-    leads: u32,
+    leads: Leads,
     numerics_id: Vec<u8>,
     /// One timer for all waits.
     deadline: Pin<Box<Sleep>>,
@@ -182,8 +169,7 @@ impl Generation {
             permit: Some(permit),
             avoid: Vec::new(),
             at: None,
-            lead: None,
-            leads: 0,
+            leads: Leads::default(),
             numerics_id: Vec::new(),
         }
     }
@@ -200,8 +186,11 @@ impl Generation {
             let event = tokio::select! {
                 biased;
                 event = stay.attachment.next() => event,
-                event = said(self.lead.as_ref()) => {
-                    self.pass_on(event);
+                event = self.leads.next() => {
+                    let draft = self.leads.hear(event, &self.job.prompt, &self.output);
+                    if let Some(draft) = draft {
+                        stay.attachment.draft(draft);
+                    }
                     continue;
                 }
                 () = self.deadline.as_mut() => return Err(RequestError::Deadline),
@@ -274,7 +263,7 @@ impl Generation {
             Finish::Unspecified => {}
             Finish::Stop | Finish::Length => {
                 self.at = None;
-                self.lead = None;
+                self.leads.end();
                 self.learn();
                 news.end = Some(End {
                     stopped: finish == Finish::Stop,
@@ -291,49 +280,20 @@ impl Generation {
         Ok(news)
     }
 
-    /// Tells the draft worker of new tokens, or finds one, where it pays.
+    /// Tells its draft worker of new tokens.
     fn be_led(&mut self, made: &[TokenId]) {
         let Some(stay) = &self.at else { return };
-        let target = &stay.connected;
-        if let Some(lead) = &mut self.lead {
-            lead.follow(made);
-            if self.job.speculation == Speculation::Auto && !lead.pays(target) {
-                self.lead = None;
-                self.leads = MAX_LEADS;
-            }
-        } else if self.leads < MAX_LEADS && self.job.speculation != Speculation::Off {
-            let led = Led {
-                job: &self.job,
-                choice: self.choice,
-                sequence: self.sequence,
-                attempt: self.leads,
-                output: &self.output,
-            };
-            let Dispatch {
-                cluster, metrics, ..
-            } = &*self.dispatch;
-            self.lead = Lead::start(cluster, metrics, target, led);
-            // What is not begun with the first tokens is not begun.
-            self.leads = match self.lead {
-                Some(_) => self.leads + 1,
-                None => MAX_LEADS,
-            };
-        }
-    }
-
-    /// Passes on what the draft worker has said.
-    fn pass_on(&mut self, event: Event) {
-        let (Some(lead), Some(stay)) = (&mut self.lead, &self.at) else {
-            return;
+        let led = Led {
+            job: &self.job,
+            choice: self.choice,
+            sequence: self.sequence,
+            output: &self.output,
         };
-        match lead.hear(event, &self.job.prompt, &self.output) {
-            Ok(draft) => {
-                if let Some(draft) = draft {
-                    stay.attachment.draft(draft);
-                }
-            }
-            Err(Gone) => self.lead = None,
-        }
+        let Dispatch {
+            cluster, metrics, ..
+        } = &*self.dispatch;
+        self.leads
+            .follow(cluster, metrics, &stay.connected, led, made);
     }
 
     /// Its answer is complete: it drafts for later ones.

@@ -17,6 +17,8 @@ use crate::{
     worker::Connected,
 };
 
+/// Draft workers that one generation is led by, one after the other.
+const MAX_LEADS: u32 = 3;
 /// Tokens that a draft worker runs ahead, at most.
 const AHEAD: u32 = 16;
 /// Tokens that a generation must have before it to be worth a prefill at a draft worker.
@@ -80,14 +82,75 @@ pub(crate) struct Led<'a> {
     pub(crate) job: &'a Job,
     pub(crate) choice: u32,
     pub(crate) sequence: u64,
-    /// Rises with every lead of the sequence.
-    pub(crate) attempt: u32,
     pub(crate) output: &'a [TokenId],
+}
+
+/// The draft workers of a generation, one after the other.
+#[derive(Debug, Default)]
+pub(crate) struct Leads {
+    lead: Option<Lead>,
+    /// So many began so far; the most, where there is to be no other.
+    begun: u32,
+}
+
+impl Leads {
+    /// What a draft worker says next; without one, nothing ever. Cancel-safe.
+    pub(crate) async fn next(&self) -> Event {
+        match &self.lead {
+            Some(lead) => lead.attachment.next().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// The target has made these last tokens of the output. Finds a draft worker if there is none.
+    pub(crate) fn follow(
+        &mut self,
+        cluster: &Cluster,
+        metrics: &Metrics,
+        target: &Connected,
+        led: Led<'_>,
+        made: &[TokenId],
+    ) {
+        if let Some(lead) = &mut self.lead {
+            lead.follow(made);
+            if led.job.speculation == Speculation::Auto && !lead.pays(target) {
+                self.lead = None;
+                self.begun = MAX_LEADS;
+            }
+        } else if self.begun < MAX_LEADS {
+            self.lead = Lead::start(cluster, metrics, target, led, self.begun);
+            // What is not begun with the first tokens is not begun.
+            self.begun = match self.lead {
+                Some(_) => self.begun + 1,
+                None => MAX_LEADS,
+            };
+        }
+    }
+
+    /// The draft worker has said something: a draft for the target, of `prompt` and `output`, if
+    /// there is anything new in it.
+    pub(crate) fn hear(
+        &mut self,
+        event: Event,
+        prompt: &[TokenId],
+        output: &[TokenId],
+    ) -> Option<Draft> {
+        let heard = self.lead.as_mut()?.hear(event, prompt, output);
+        heard.unwrap_or_else(|Gone| {
+            self.lead = None;
+            None
+        })
+    }
+
+    /// The generation is complete.
+    pub(crate) fn end(&mut self) {
+        self.lead = None;
+    }
 }
 
 /// See the [module](self).
 #[derive(Debug)]
-pub(crate) struct Lead {
+struct Lead {
     attachment: Attachment,
     drafter: Arc<Connected>,
     metrics: Metrics,
@@ -100,11 +163,12 @@ pub(crate) struct Lead {
 impl Lead {
     /// Finds a draft worker of the target's tokenizer and has it run ahead, if that is asked for
     /// or pays; at once, or not at all.
-    pub(crate) fn start(
+    fn start(
         cluster: &Cluster,
         metrics: &Metrics,
         target: &Connected,
         led: Led<'_>,
+        attempt: u32,
     ) -> Option<Self> {
         let (job, done) = (led.job, led.output.len());
         let left = (job.stopping.max_tokens as usize).saturating_sub(done);
@@ -121,7 +185,7 @@ impl Lead {
         if !fits || !pays {
             return None;
         }
-        let attachment = drafter.session.lead(submission(led, &drafter))?;
+        let attachment = drafter.session.lead(submission(led, attempt, &drafter))?;
         metrics.led_sequences.inc();
         Some(Self {
             attachment,
@@ -133,13 +197,8 @@ impl Lead {
         })
     }
 
-    /// Waits for news. Cancel-safe.
-    pub(crate) async fn next(&self) -> Event {
-        self.attachment.next().await
-    }
-
     /// The target has made these tokens.
-    pub(crate) fn follow(&mut self, made: &[TokenId]) {
+    fn follow(&mut self, made: &[TokenId]) {
         self.attachment.follow(self.ahead.base as u32, made);
         for &token in made {
             let right = self.ahead.pass(token);
@@ -152,13 +211,12 @@ impl Lead {
     }
 
     /// Whether it is still worth it for a generation that did not ask for it.
-    pub(crate) fn pays(&self, target: &Connected) -> bool {
+    fn pays(&self, target: &Connected) -> bool {
         self.judged < TRIAL || self.rate >= price(target)
     }
 
-    /// The draft worker has said something: a draft for the target, of `prompt` and `output`.
-    /// None: there is nothing new in it. Err: it goes on no longer.
-    pub(crate) fn hear(
+    /// A draft of what is said; `None` where there is nothing new in it.
+    fn hear(
         &mut self,
         event: Event,
         prompt: &[TokenId],
@@ -186,7 +244,7 @@ impl Lead {
 
 /// The draft worker does not go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Gone;
+struct Gone;
 
 /// The chance that a draft row must have at the target to be worth its time.
 fn price(target: &Connected) -> f32 {
@@ -194,11 +252,11 @@ fn price(target: &Connected) -> f32 {
 }
 
 /// The same noise draws the same tokens, as far as the models agree.
-fn submission(led: Led<'_>, drafter: &Connected) -> Submit {
+fn submission(led: Led<'_>, attempt: u32, drafter: &Connected) -> Submit {
     let job = led.job;
     Submit {
         sequence: led.sequence,
-        attempt: led.attempt,
+        attempt,
         epoch: drafter.model.description.epoch,
         prompt: job.prompt.clone(),
         resume: led.output.to_vec(),

@@ -118,6 +118,13 @@ struct Entry {
     follow: Option<Follow>,
 }
 
+impl Entry {
+    /// Whether there is something to be sent about it.
+    fn is_noted(&self) -> bool {
+        self.draft.is_some() || self.follow.is_some()
+    }
+}
+
 #[derive(Debug, Default)]
 struct Table {
     entries: HashMap<u64, Entry>,
@@ -125,6 +132,8 @@ struct Table {
     unstarted: u64,
     /// Not yet sent; at most one per attempt.
     cancels: Vec<Cancel>,
+    /// Sequences that the worker has, with something to be sent about them. One may be gone.
+    noted: Vec<u64>,
     closed: bool,
 }
 
@@ -248,12 +257,17 @@ impl Session {
     /// Changes what is to be sent about a sequence, if it is still here.
     fn note(&self, sequence: u64, attempt: u32, note: impl FnOnce(&mut Entry)) {
         let mut table = lock(&self.table);
-        let entry = table.entries.get_mut(&sequence);
-        if let Some(entry) = entry.filter(|entry| entry.slot.attempt == attempt) {
-            note(entry);
-            drop(table);
-            self.wake.notify_one();
+        let Table { entries, noted, .. } = &mut *table;
+        let entry = entries.get_mut(&sequence);
+        let Some(entry) = entry.filter(|entry| entry.slot.attempt == attempt) else {
+            return;
+        };
+        if entry.sent && !entry.is_noted() {
+            noted.push(sequence);
         }
+        note(entry);
+        drop(table);
+        self.wake.notify_one();
     }
 
     /// What is to be sent before anything else: cancellations, drafts, and what sequences are
@@ -263,10 +277,18 @@ impl Session {
         if table.closed {
             return None;
         }
-        let mut frames: Vec<_> = table.cancels.drain(..).map(Frame::Cancel).collect();
-        for entry in table.entries.values_mut().filter(|entry| entry.sent) {
-            frames.extend(entry.draft.take().map(Frame::Draft));
-            frames.extend(entry.follow.take().map(Frame::Follow));
+        let Table {
+            entries,
+            cancels,
+            noted,
+            ..
+        } = &mut *table;
+        let mut frames: Vec<_> = cancels.drain(..).map(Frame::Cancel).collect();
+        for sequence in noted.drain(..) {
+            if let Some(entry) = entries.get_mut(&sequence) {
+                frames.extend(entry.draft.take().map(Frame::Draft));
+                frames.extend(entry.follow.take().map(Frame::Follow));
+            }
         }
         Some(frames)
     }
@@ -354,9 +376,16 @@ impl Session {
     /// Whether a sequence is still here; it is sent then.
     fn sends(&self, sequence: u64, attempt: u32) -> bool {
         let mut table = lock(&self.table);
-        let entry = table.entries.get_mut(&sequence);
-        let entry = entry.filter(|entry| entry.slot.attempt == attempt);
-        entry.map(|entry| entry.sent = true).is_some()
+        let Table { entries, noted, .. } = &mut *table;
+        let entry = entries.get_mut(&sequence);
+        let Some(entry) = entry.filter(|entry| entry.slot.attempt == attempt) else {
+            return false;
+        };
+        entry.sent = true;
+        if entry.is_noted() {
+            noted.push(sequence);
+        }
+        true
     }
 
     /// Has the worker end a sequence that is still listened to.
