@@ -20,8 +20,6 @@ pub(crate) const ERASURES: &str = "erasures";
 
 /// Logs whose positions are kept.
 const MOST_ORIGINS: usize = 256;
-/// An erasure outlives the texts that it takes by so much, for those that are on their way.
-const ON_THEIR_WAY: Duration = Duration::from_secs(60);
 
 /// All text that drafts.
 #[derive(Debug)]
@@ -75,10 +73,7 @@ impl Corpora {
         let Some(scope) = scope else {
             let whose = whose.ok_or_else(|| Status::invalid_argument("an erasure of nobody"))?;
             let now = Instant::now();
-            let kept = self.store.ttl() + ON_THEIR_WAY;
-            if let Some(oldest) = now.checked_sub(kept) {
-                known.erasures.expire(oldest);
-            }
+            known.erasures.expire(now, self.store.ttl());
             let erased = Erased {
                 stamp,
                 id: Stamp {

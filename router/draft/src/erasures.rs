@@ -7,11 +7,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shoal_core::Subject;
 
 use crate::record::{Erased, Stamp, Whose};
+
+/// An erasure outlives the texts that it takes by so much, for those that are on their way.
+pub(crate) const ON_THEIR_WAY: Duration = Duration::from_secs(60);
 
 /// See the [module](self).
 #[derive(Debug, Default)]
@@ -88,8 +91,12 @@ impl Erasures {
         self.by_tenant.get(tenant).map_or(0, BTreeMap::len)
     }
 
-    /// Lets go what was asked for before a time, when no text from before that is left.
-    pub fn expire(&mut self, before: Instant) {
+    /// Lets go what was asked for so long ago that no text from before it is left, where texts
+    /// are kept for `ttl`.
+    pub fn expire(&mut self, now: Instant, ttl: Duration) {
+        let Some(before) = now.checked_sub(ttl + ON_THEIR_WAY) else {
+            return;
+        };
         self.by_tenant.retain(|_, known| {
             known.retain(|_, known| known.made >= before);
             !known.is_empty()
@@ -156,9 +163,10 @@ mod tests {
         let first = heard(id, id, Some("a"));
         erasures.hear(&first);
         assert!(erasures.is_heard(id, &[1].into()) && !erasures.is_heard(id, &[1, 2].into()));
-        erasures.expire(first.made);
+        let age = Duration::from_secs(1);
+        erasures.expire(first.made + ON_THEIR_WAY + age, age);
         assert_eq!(erasures.count(&first.whose.tenant), 1);
-        erasures.expire(Instant::now() + std::time::Duration::from_secs(1));
+        erasures.expire(Instant::now() + ON_THEIR_WAY + 2 * age, age);
         assert_eq!(erasures.count(&first.whose.tenant), 0);
         assert!(!erasures.cover(stamp(3, 0), &first.whose));
     }

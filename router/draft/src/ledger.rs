@@ -31,8 +31,6 @@ const PIECE_TOKENS: usize = 8192;
 const SHARED_TOKENS: usize = 1 << 18;
 /// Erasures of a tenant that are known at one time.
 const MOST_ERASURES: usize = 4096;
-/// An erasure outlives the texts that it takes by so much, for those that are on their way.
-const ON_THEIR_WAY: Duration = Duration::from_secs(60);
 
 /// How far somebody knows logs, by their origin: the first offset that is not known.
 pub type Positions = BTreeMap<u64, u64>;
@@ -154,11 +152,7 @@ impl Ledger {
     /// The logs of routers that are gone and of which this one tells the workers: the first of
     /// those that are left does.
     pub fn orphans(&self) -> Vec<u64> {
-        let leads = self.live.iter().all(|live| self.origin < *live);
-        let orphans = self
-            .others
-            .keys()
-            .filter(|o| leads && !self.live.contains(o));
+        let orphans = self.others.keys().filter(|origin| self.tells(**origin));
         orphans.copied().collect()
     }
 
@@ -329,9 +323,7 @@ impl Ledger {
                 !shared.corpus.is_empty()
             });
         }
-        if let Some(oldest) = now.checked_sub(self.config.ttl + ON_THEIR_WAY) {
-            self.erasures.expire(oldest);
-        }
+        self.erasures.expire(now, self.config.ttl);
         let half = self.config.ttl / 2;
         self.retell(
             |told| told.is_none_or(|told| now.saturating_duration_since(told) >= half),
@@ -355,7 +347,7 @@ impl Ledger {
         }
     }
 
-    /// Whether it is its part to tell the workers of what a router loaded.
+    /// Whether it is its part to tell the workers of what stands in a router's log.
     fn tells(&self, origin: u64) -> bool {
         let leads = self.live.iter().all(|live| self.origin < *live);
         origin == self.origin || leads && !self.live.contains(&origin)

@@ -30,15 +30,9 @@ fn before(now: Instant, age_ms: u64) -> Instant {
 /// For a worker; workers are told of public texts as of other text.
 pub(super) fn to_worker(entry: &Entry, ttl: Duration) -> Option<CorpusRecord> {
     let Stamp { origin, offset } = entry.stamp();
-    let subjects = |whose: Option<&Whose>| {
-        let tenant = whose.map(|whose| whose.tenant.as_bytes().to_vec());
-        let user = whose.and_then(|whose| whose.user);
-        let user = user.map(|user| user.as_bytes().to_vec());
-        (tenant.unwrap_or_default(), user.unwrap_or_default())
-    };
     let record = match entry {
         Entry::Text(record) => {
-            let (tenant, user) = subjects(record.whose.as_ref());
+            let (tenant, user) = subjects(record.whose);
             CorpusRecord {
                 scope: record.scope.as_bytes().to_vec(),
                 tokens: record.tokens().to_vec(),
@@ -51,7 +45,7 @@ pub(super) fn to_worker(entry: &Entry, ttl: Duration) -> Option<CorpusRecord> {
             }
         }
         Entry::Erased(erased) => {
-            let (tenant, user) = subjects(Some(&erased.whose));
+            let (tenant, user) = subjects(Some(erased.whose));
             CorpusRecord {
                 age_ms: millis(erased.made),
                 erase: true,
@@ -76,13 +70,16 @@ pub(super) fn to_router(entry: &Entry) -> LogEntry {
     let Stamp { origin, offset } = entry.stamp();
     let entry = match entry {
         Entry::Text(record) => log_entry::Entry::Answer(answer(record)),
-        Entry::Erased(erased) => log_entry::Entry::Erasure(router::Erasure {
-            id_origin: erased.id.origin,
-            id_offset: erased.id.offset,
-            subject_tenant: erased.whose.tenant.as_bytes().to_vec(),
-            subject_user: user(&erased.whose),
-            age_ms: millis(erased.made),
-        }),
+        Entry::Erased(erased) => {
+            let (subject_tenant, subject_user) = subjects(Some(erased.whose));
+            log_entry::Entry::Erasure(router::Erasure {
+                id_origin: erased.id.origin,
+                id_offset: erased.id.offset,
+                subject_tenant,
+                subject_user,
+                age_ms: millis(erased.made),
+            })
+        }
         Entry::Public(text) => log_entry::Entry::Public(router::PublicText {
             owner: Some(owner(&text.owner)),
             name: text.name.clone(),
@@ -107,24 +104,27 @@ fn answer(record: &Record) -> router::AnswerText {
         Event::Answer { secrets, .. } => secrets.as_slice(),
         _ => &[],
     };
+    let (subject_tenant, subject_user) = subjects(record.whose);
     let bounds = secrets.iter().flat_map(|secret| [secret.start, secret.end]);
     router::AnswerText {
         owner: Some(owner(&record.owner)),
         scope: record.scope.as_bytes().to_vec(),
-        subject_tenant: record
-            .whose
-            .map(|whose| whose.tenant.as_bytes().to_vec())
-            .unwrap_or_default(),
-        subject_user: record.whose.as_ref().map(user).unwrap_or_default(),
+        subject_tenant,
+        subject_user,
         tokens: record.tokens().to_vec(),
         secrets: bounds.map(|bound| bound as u32).collect(),
         age_ms: millis(record.made),
     }
 }
 
-fn user(whose: &Whose) -> Vec<u8> {
-    let user = whose.user.map(|user| user.as_bytes().to_vec());
-    user.unwrap_or_default()
+/// The tenant and the user; empty where there is none.
+fn subjects(whose: Option<Whose>) -> (Vec<u8>, Vec<u8>) {
+    let bytes = |subject: Option<Subject>| subject.map(|s| s.as_bytes().to_vec());
+    let (tenant, user) = (whose.map(|w| w.tenant), whose.and_then(|w| w.user));
+    (
+        bytes(tenant).unwrap_or_default(),
+        bytes(user).unwrap_or_default(),
+    )
 }
 
 fn owner(owner: &Owner) -> TextOwner {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::erasures::ON_THEIR_WAY;
 use crate::store::Store;
 
 const HOUR: Duration = Duration::from_secs(3600);
