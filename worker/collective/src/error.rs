@@ -72,6 +72,14 @@ pub enum CollectiveError {
 }
 
 impl CollectiveError {
+    /// The rank that it is the fault of, where that is known.
+    pub fn blamed(&self) -> Option<usize> {
+        match self {
+            Self::PeerLost { rank } | Self::Timeout { rank, .. } => Some(*rank),
+            _ => None,
+        }
+    }
+
     /// What to do about it.
     pub fn class(&self) -> Class {
         match self {

@@ -67,6 +67,7 @@ impl GroupBackend {
             self.price.weigh(pace);
         }
         self.rank.join(seat)?;
+        self.watch.whole.send_replace(true);
         Ok(true)
     }
 }
@@ -124,10 +125,8 @@ impl Backend for GroupBackend {
         let result = self.rank.step(batch, logits);
         if let Err(BackendError::Group(error)) = &result {
             self.watch.whole.send_replace(false);
-            if let CollectiveError::PeerLost { rank } | CollectiveError::Timeout { rank, .. } =
-                error
-            {
-                self.leader.end(*rank);
+            if let Some(rank) = error.blamed() {
+                self.leader.end(rank);
             }
         }
         result

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use shoal_collective::CollectiveError;
 use shoal_collective::shm::{Ring, Segment};
 
 use super::line::{Order, Part};
@@ -110,9 +109,7 @@ impl Leader {
         }
         let seat = Ring::join(Arc::new(segment), 0, self.epoch, self.patience);
         seat.map_err(|error| {
-            if let CollectiveError::Timeout { rank, .. } | CollectiveError::PeerLost { rank } =
-                error
-            {
+            if let Some(rank) = error.blamed() {
                 self.end(rank);
             }
             GroupError::Meeting(error)
@@ -165,7 +162,6 @@ impl Lead for Leader {
             milliseconds = started.elapsed().as_millis() as u64,
             "the group is whole"
         );
-        self.watch.whole.send_replace(true);
         Ok(Some(Formed {
             seat: Box::new(seat),
             pace: None,

@@ -100,12 +100,7 @@ impl Peers {
     ) -> Result<(), CollectiveError> {
         self.try_wait(segment, peer, target, patience)
             .inspect_err(|error| {
-                let blamed = match error {
-                    CollectiveError::PeerLost { rank } | CollectiveError::Timeout { rank, .. } => {
-                        *rank
-                    }
-                    _ => self.rank,
-                };
+                let blamed = error.blamed().unwrap_or(self.rank);
                 leave(segment.header(self.rank), blamed);
             })
     }

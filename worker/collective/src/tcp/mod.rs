@@ -137,10 +137,7 @@ impl Mesh {
         }
         let result = self.turn(content, patience);
         if let Err(error) = &result {
-            self.leave(match error {
-                CollectiveError::PeerLost { rank } | CollectiveError::Timeout { rank, .. } => *rank,
-                _ => self.rank,
-            });
+            self.leave(error.blamed().unwrap_or(self.rank));
         }
         self.number = self.number.wrapping_add(1);
         result

@@ -1,5 +1,7 @@
 //! What the parts of sums are rounded to on the wire.
 
+use half::bf16;
+
 /// Numbers of a block of int8, with one scale.
 const BLOCK: usize = 32;
 /// Bytes of a whole block.
@@ -59,9 +61,9 @@ impl Payload {
             }
             Self::Bf16 => {
                 for (out, x) in out.as_chunks_mut().0.iter_mut().zip(x) {
-                    let half = bf16(*x);
+                    let half = bf16::from_f32(*x);
                     *out = half.to_le_bytes();
-                    *x = widen(half);
+                    *x = half.to_f32();
                 }
             }
             Self::Int8 => {
@@ -83,7 +85,7 @@ impl Payload {
             }
             Self::Bf16 => {
                 for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *out = widen(u16::from_le_bytes(*bytes));
+                    *out = bf16::from_le_bytes(*bytes).to_f32();
                 }
             }
             Self::Int8 => {
@@ -93,20 +95,6 @@ impl Payload {
             }
         }
     }
-}
-
-/// The brain float nearest to `x`, ties to even; NaN stays NaN.
-fn bf16(x: f32) -> u16 {
-    let bits = x.to_bits();
-    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    match bits & 0x7fff_ffff > 0x7f80_0000 {
-        true => 0x7fc0,
-        false => nearest as u16,
-    }
-}
-
-fn widen(half: u16) -> f32 {
-    f32::from_bits(u32::from(half) << 16)
 }
 
 /// A block with a number that is none becomes NaN as a whole, by its scale.

@@ -131,9 +131,7 @@ impl Lead for Leader {
         let (seat, pace, ranks) = match self.meet(words) {
             Ok(met) => met,
             Err(error) => {
-                if let CollectiveError::Timeout { rank, .. } | CollectiveError::PeerLost { rank } =
-                    error
-                {
+                if let Some(rank) = error.blamed() {
                     self.house.end(rank);
                 }
                 tracing::warn!(
@@ -155,7 +153,6 @@ impl Lead for Leader {
             milliseconds = started.elapsed().as_millis() as u64,
             "the group is whole"
         );
-        self.watch.whole.send_replace(true);
         Ok(Some(Formed {
             seat: Box::new(seat),
             pace: Some(pace),
