@@ -1,8 +1,10 @@
 //! A worker's settings.
 
+mod group;
+
 use std::{
-    fmt, net::SocketAddr, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc,
-    thread::available_parallelism, time::Duration,
+    fmt, num::NonZeroUsize, path::PathBuf, str::FromStr, sync::Arc, thread::available_parallelism,
+    time::Duration,
 };
 
 use shoal_collective::tcp::Payload;
@@ -14,7 +16,7 @@ use shoal_fabric::{
 };
 use shoal_kernels::{isa::Isa, kv::KvType};
 
-use crate::group::RankCommand;
+pub use group::{GroupConfig, Others, RankConfig, RemoteConfig};
 
 /// What runs the model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
@@ -126,86 +128,9 @@ pub fn parse_payload(name: &str) -> Result<Payload, ConfigError> {
         .ok_or_else(|| ConfigError::Payload { given: name.into() })
 }
 
-/// A tensor-parallel group.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct GroupConfig {
-    /// Ranks, the worker itself included. At least 2.
-    pub ranks: usize,
-    /// Who the others are.
-    pub others: Others,
-    /// How long a rank is waited for within a step before it counts as hung.
-    pub patience: Duration,
-}
-
-/// The other ranks of a group.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Others {
-    /// Processes of this machine, started so.
-    Local(RankCommand),
-    /// Processes elsewhere, which come.
-    Remote(RemoteConfig),
-}
-
-/// Where ranks come to, and what they are told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RemoteConfig {
-    /// Where rank 0 listens for them.
-    pub listen: SocketAddr,
-    /// A file with what the ranks know and nobody else.
-    pub secret: PathBuf,
-    /// What the parts of sums are rounded to between ranks.
-    pub payload: Payload,
-}
-
-impl GroupConfig {
-    /// What the parts of sums are rounded to between ranks.
-    pub(crate) fn payload(&self) -> Payload {
-        match &self.others {
-            Others::Local(_) => Payload::F32,
-            Others::Remote(remote) => remote.payload,
-        }
-    }
-}
-
-/// The settings of a rank whose rank 0 is elsewhere. All else rank 0 tells it.
-#[derive(Clone, Debug)]
-pub struct RankConfig {
-    /// Its own copy of the GGUF file.
-    pub model: PathBuf,
-    /// Which rank it is, from 1.
-    pub rank: usize,
-    /// Ranks of the group.
-    pub world: usize,
-    /// Where rank 0 listens for ranks.
-    pub join: Endpoint,
-    /// Where it listens for the ranks above it, if there are any.
-    pub listen: SocketAddr,
-    /// A file with what the ranks know and nobody else.
-    pub secret: PathBuf,
-    /// Instruction set; absent is the best of the machine.
-    pub isa: Option<Isa>,
-    /// Threads that compute; absent is every CPU.
-    pub threads: Option<NonZeroUsize>,
-}
-
-impl RankConfig {
-    /// Checks what can be checked without rank 0.
-    pub(crate) fn validate(&self) -> Result<(), ConfigError> {
-        let (rank, world) = (self.rank, self.world);
-        if !(1..world).contains(&rank) {
-            return Err(ConfigError::Rank { rank, world });
-        }
-        match self.isa.filter(|isa| !isa.is_available()) {
-            Some(isa) => Err(ConfigError::IsaMissing { isa }),
-            None => Ok(()),
-        }
-    }
-
-    /// Threads that compute.
-    pub(crate) fn threads(&self) -> usize {
-        let all = || available_parallelism().map_or(1, usize::from);
-        self.threads.map_or_else(all, usize::from)
-    }
+/// CPUs that this process may use.
+fn cpus() -> usize {
+    available_parallelism().map_or(1, usize::from)
 }
 
 /// The settings of a worker.
@@ -344,7 +269,7 @@ impl WorkerConfig {
 
     /// Threads of each rank.
     pub(crate) fn rank_threads(&self) -> usize {
-        let share = || available_parallelism().map_or(1, usize::from) / self.ranks_here();
+        let share = || cpus() / self.ranks_here();
         self.threads.map_or_else(share, usize::from).max(1)
     }
 
@@ -452,6 +377,7 @@ mod tests {
     use shoal_fabric::net::{Limits, Network};
 
     use super::*;
+    use crate::group::RankCommand;
 
     fn config() -> WorkerConfig {
         let listen = ListenConfig {

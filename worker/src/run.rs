@@ -221,10 +221,7 @@ async fn live(
 async fn follow_group(worker: &Worker, engine: &EngineHandle, group: &Watch) {
     let (mut whole, mut deaths) = (group.whole.subscribe(), group.deaths.subscribe());
     loop {
-        match *whole.borrow_and_update() {
-            true => worker.resume(),
-            false => worker.suspend(),
-        }
+        worker.set_broken(!*whole.borrow_and_update());
         // The senders are in `group`.
         tokio::select! {
             _ = whole.changed() => {}

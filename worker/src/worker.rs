@@ -113,17 +113,8 @@ impl Worker {
         }
     }
 
-    /// The model cannot run: nobody should send sequences.
-    pub(crate) fn suspend(&self) {
-        self.set_broken(true);
-    }
-
-    /// It runs again.
-    pub(crate) fn resume(&self) {
-        self.set_broken(false);
-    }
-
-    fn set_broken(&self, broken: bool) {
+    /// Whether the model cannot run at the moment, and nobody should send sequences.
+    pub(crate) fn set_broken(&self, broken: bool) {
         // A worker that drains goes on so.
         self.state.send_if_modified(|state| {
             self.broken.store(broken, Ordering::Relaxed);

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::hint::black_box;
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -10,7 +9,7 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use shoal_core::{DraftScope, Subject, TokenId};
-use shoal_draft::{Answer, Corpus, Ledger, LedgerConfig, Owner, Whose};
+use shoal_draft::{Answer, Corpus, LONGEST_MATCH, Ledger, LedgerConfig, Owner, Whose};
 
 use crate::Result;
 use crate::stats::percentile_ms;
@@ -173,12 +172,12 @@ fn corpus(args: &Args) {
         for _ in 0..args.lookups {
             let context = &known[random.random_range(0..known.len())];
             let end = random.random_range(8..context.len());
-            let Range { start, end } = end.saturating_sub(64)..end;
-            let start_of_lookup = Instant::now();
+            let context = &context[end.saturating_sub(LONGEST_MATCH)..end];
+            let start = Instant::now();
             let corpus = corpus.read().unwrap_or_else(PoisonError::into_inner);
-            let longest = black_box(corpus.longest(&context[start..end]));
+            let longest = black_box(corpus.longest(context));
             drop(corpus);
-            times.push(start_of_lookup.elapsed().as_secs_f64());
+            times.push(start.elapsed().as_secs_f64());
             found += usize::from(longest.is_some());
         }
         done.store(true, Ordering::Relaxed);

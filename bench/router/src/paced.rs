@@ -13,7 +13,7 @@ use std::{
 
 use shoal_engine::{
     backend::{Backend, BackendError, Batch, NumericsId},
-    spec::{Architecture, ModelSpec, Rope, RopeKind},
+    spec::ModelSpec,
 };
 use shoal_fabric::{
     net::{Limits, ListenConfig, Network},
@@ -136,31 +136,6 @@ impl Backend for PacedBackend {
     }
 }
 
-fn spec(vocab: usize, context: usize) -> ModelSpec {
-    ModelSpec {
-        architecture: Architecture::Llama,
-        name: "paced".into(),
-        quantization: "none".into(),
-        n_layer: 1,
-        d_model: 1,
-        n_head: 1,
-        n_kv_head: 1,
-        head_dim: 1,
-        d_ff: 1,
-        vocab,
-        context,
-        rope: Rope {
-            kind: RopeKind::Halves,
-            inv_freq: Vec::new(),
-            magnitude: 1.0,
-        },
-        rms_eps: 1e-5,
-        qkv_bias: false,
-        qk_norm: false,
-        tied_head: true,
-    }
-}
-
 /// Bytes in GPT-2's spelling, then a mark per stream.
 fn tokenizer(streams: usize) -> TokenizerBundle {
     let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
@@ -217,7 +192,7 @@ impl PacedWorker {
             Ok(Loaded {
                 tokenizer: tokenizer(stamps.streams()),
                 backend: Box::new(PacedBackend {
-                    spec: spec(256 + stamps.streams(), context),
+                    spec: ModelSpec::weightless("paced", 256 + stamps.streams(), context),
                     pace,
                     busy: meter,
                     stamps,

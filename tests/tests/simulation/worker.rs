@@ -13,7 +13,7 @@ use shoal_engine::{
     backend::{Backend, BackendError, Batch, NumericsId},
     config::EngineConfig,
     engine::{Driver, Engine, EngineHandle, Turn},
-    spec::{Architecture, ModelSpec, Rope, RopeKind},
+    spec::ModelSpec,
 };
 use shoal_fabric::{
     membership::Etcd,
@@ -101,28 +101,7 @@ impl StepClock {
 
 impl Model {
     fn new(clock: Arc<StepClock>, held: Held) -> Self {
-        let spec = ModelSpec {
-            architecture: Architecture::Llama,
-            name: MODEL.into(),
-            quantization: "none".into(),
-            n_layer: 1,
-            d_model: 1,
-            n_head: 1,
-            n_kv_head: 1,
-            head_dim: 1,
-            d_ff: 1,
-            vocab: VOCAB,
-            context: 512,
-            rope: Rope {
-                kind: RopeKind::Halves,
-                inv_freq: Vec::new(),
-                magnitude: 1.0,
-            },
-            rms_eps: 1e-5,
-            qkv_bias: false,
-            qk_norm: false,
-            tied_head: true,
-        };
+        let spec = ModelSpec::weightless(MODEL, VOCAB, 512);
         Self {
             spec,
             past: vec![0; PAGES as usize * PAGE],

@@ -72,3 +72,32 @@ pub struct ModelSpec {
     /// The head is the embedding.
     pub tied_head: bool,
 }
+
+impl ModelSpec {
+    /// The shape of what has no weights, for a backend that makes logits in another way: one layer
+    /// of width 1.
+    pub fn weightless(name: &str, vocab: usize, context: usize) -> Self {
+        Self {
+            architecture: Architecture::Llama,
+            name: name.into(),
+            quantization: "F32".into(),
+            n_layer: 1,
+            d_model: 1,
+            n_head: 1,
+            n_kv_head: 1,
+            head_dim: 1,
+            d_ff: 1,
+            vocab,
+            context,
+            rope: Rope {
+                kind: RopeKind::Halves,
+                inv_freq: Vec::new(),
+                magnitude: 1.0,
+            },
+            rms_eps: 1e-5,
+            qkv_bias: false,
+            qk_norm: false,
+            tied_head: true,
+        }
+    }
+}

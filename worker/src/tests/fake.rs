@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use shoal_core::TokenId;
 use shoal_engine::{
     backend::{Backend, BackendError, Batch, NumericsId},
-    spec::{Architecture, ModelSpec, Rope, RopeKind},
+    spec::ModelSpec,
 };
 
 pub(crate) const VOCAB: usize = 64;
@@ -78,28 +78,7 @@ pub(crate) struct FakeBackend {
 
 impl FakeBackend {
     pub(crate) fn new(control: Control) -> Self {
-        let spec = ModelSpec {
-            architecture: Architecture::Llama,
-            name: "fake".into(),
-            quantization: "F32".into(),
-            n_layer: 1,
-            d_model: 1,
-            n_head: 1,
-            n_kv_head: 1,
-            head_dim: 1,
-            d_ff: 1,
-            vocab: VOCAB,
-            context: CONTEXT,
-            rope: Rope {
-                kind: RopeKind::Halves,
-                inv_freq: Vec::new(),
-                magnitude: 1.0,
-            },
-            rms_eps: 1e-5,
-            qkv_bias: false,
-            qk_norm: false,
-            tied_head: true,
-        };
+        let spec = ModelSpec::weightless("fake", VOCAB, CONTEXT);
         Self { spec, control }
     }
 }

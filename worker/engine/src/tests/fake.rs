@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use shoal_core::{PAGE_TOKENS, Role};
 
 use crate::backend::{Backend, BackendError, Batch, NumericsId};
-use crate::spec::{Architecture, ModelSpec, Rope, RopeKind};
+use crate::spec::ModelSpec;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Cell {
@@ -55,28 +55,7 @@ pub(crate) struct FakeBackend {
 }
 
 pub(crate) fn spec(vocab: usize, context: usize) -> ModelSpec {
-    ModelSpec {
-        architecture: Architecture::Llama,
-        name: "fake".into(),
-        quantization: "F32".into(),
-        n_layer: 1,
-        d_model: 1,
-        n_head: 1,
-        n_kv_head: 1,
-        head_dim: 1,
-        d_ff: 1,
-        vocab,
-        context,
-        rope: Rope {
-            kind: RopeKind::Halves,
-            inv_freq: Vec::new(),
-            magnitude: 1.0,
-        },
-        rms_eps: 1e-5,
-        qkv_bias: false,
-        qk_norm: false,
-        tied_head: true,
-    }
+    ModelSpec::weightless("fake", vocab, context)
 }
 
 fn mix(mut x: u64) -> u64 {
