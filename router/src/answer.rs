@@ -138,9 +138,11 @@ impl Answer {
     }
 
     async fn step(&mut self) -> Option<Result<Step, RequestError>> {
-        let step = self.choices.next();
-        let step = self.open.cut.run_until_cancelled(step).await;
-        step.unwrap_or(Some(Err(RequestError::Draining)))
+        tokio::select! {
+            biased;
+            step = self.choices.next() => step,
+            () = &mut self.open.cut => Some(Err(RequestError::Draining)),
+        }
     }
 
     /// As a stream.

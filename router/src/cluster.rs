@@ -14,7 +14,10 @@ use shoal_fabric::{
     net::ClientConfig,
     shutdown::Shutdown,
 };
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
 
 use crate::{
     admission::Throughput,
@@ -236,6 +239,25 @@ impl Cluster {
                     model: name.to_owned(),
                 })
             }
+        }
+    }
+
+    /// The same; where no worker was ever seen, it waits for one.
+    pub(crate) async fn await_model(
+        &self,
+        name: &str,
+        give_up: Instant,
+    ) -> Result<Arc<Model>, RequestError> {
+        let mut changes = self.watch();
+        loop {
+            match self.model(name) {
+                Err(RequestError::NoWorker) => {}
+                known => return known,
+            }
+            let change = timeout_at(give_up, changes.changed()).await;
+            change
+                .map_err(|_| RequestError::NoWorker)?
+                .map_err(|_| RequestError::Draining)?;
         }
     }
 

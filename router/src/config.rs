@@ -54,7 +54,8 @@ pub struct RouterArgs {
     /// Output tokens of a request that sets no limit. Without it, as many as the context
     /// holds (16 for `/v1/completions`, as OpenAI does).
     pub default_max_tokens: Option<u32>,
-    /// How long a request whose worker was lost waits for another one.
+    /// How long a request waits for a worker where none takes it: one that was just sent, and one
+    /// whose worker was lost.
     pub resume_window: Duration,
     /// For open answers after the shutdown's start; then they end with an error.
     pub drain: Duration,

@@ -1,12 +1,15 @@
 //! The one way of a request, whatever the door: credentials, quota, queue, text, placement.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use shoal_fabric::{membership::Member, shutdown::Shutdown};
 use shoal_proto::inference::GenerateRequest;
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
 use tokio_util::{
-    sync::CancellationToken,
+    sync::{CancellationToken, WaitForCancellationFutureOwned},
     task::{TaskTracker, task_tracker::TaskTrackerToken},
 };
 use tracing::{Span, info_span};
@@ -48,8 +51,8 @@ pub(crate) struct Service {
 /// A request that the end of the process waits for.
 #[derive(Debug)]
 pub(crate) struct Open {
-    /// When it waits no longer.
-    pub(crate) cut: CancellationToken,
+    /// When it waits no longer. Kept, as a new one for every wait would cost more than a token.
+    pub(crate) cut: Pin<Box<WaitForCancellationFutureOwned>>,
     _counted: TaskTrackerToken,
 }
 
@@ -141,7 +144,7 @@ impl Service {
         // Counted first: the end waits for whoever still finds the shutdown not started.
         let open = Open {
             // A token of its own: every wait for an event takes its lock.
-            cut: self.cut.child_token(),
+            cut: Box::pin(self.cut.child_token().cancelled_owned()),
             _counted: self.open.token(),
         };
         if self.shutdown.is_started() {
@@ -159,13 +162,14 @@ impl Service {
         open: Open,
     ) -> Result<Answer, RequestError> {
         let tenant = arrival.caller.tenant.begin()?;
-        let model = self.cluster.model(&request.model)?;
-        if !self.cluster.is_ready() {
-            return Err(RequestError::NoWorker);
-        }
         let ticket = self
             .admission
             .enter(self.cluster.throughput(), arrival.deadline)?;
+        let give_up = Instant::now() + self.dispatch.resume_window;
+        let model = self
+            .cluster
+            .await_model(&request.model, give_up.min(arrival.deadline));
+        let model = model.await?;
         let job = Job::new(request, arrival, model, self.default_max_tokens);
         let stages = &self.metrics.stages;
         let job = stages.text.run(info_span!("text"), job).await?;

@@ -7,7 +7,9 @@
 
 use std::{
     collections::HashMap,
+    future::poll_fn,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -43,7 +45,6 @@ pub(crate) enum Event {
 struct Slot {
     attempt: u32,
     state: Mutex<SlotState>,
-    wake: Notify,
 }
 
 #[derive(Debug)]
@@ -54,6 +55,8 @@ struct SlotState {
     room: usize,
     /// Held until the worker is done with the sequence, however slow its client is.
     permit: Option<Permit>,
+    /// Of the one task that waits.
+    waker: Option<Waker>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -76,29 +79,37 @@ impl Slot {
             None => state.pending = Some(output),
             Some(pending) => pending.merge(output),
         }
-        drop(state);
-        self.wake.notify_one();
+        wake(state);
         true
     }
 
     fn end(&self, event: Event) {
-        lock(&self.state).end = Some(event);
-        self.wake.notify_one();
+        let mut state = lock(&self.state);
+        state.end = Some(event);
+        wake(state);
     }
 
-    async fn next(&self) -> Event {
-        loop {
-            {
-                let mut state = lock(&self.state);
-                if let Some(output) = state.pending.take() {
-                    return Event::Output(output);
-                }
-                if let Some(event) = state.end.take() {
-                    return event;
-                }
-            }
-            self.wake.notified().await;
+    fn poll_next(&self, cx: &Context<'_>) -> Poll<Event> {
+        let mut state = lock(&self.state);
+        if let Some(output) = state.pending.take() {
+            return Poll::Ready(Event::Output(output));
         }
+        if let Some(event) = state.end.take() {
+            return Poll::Ready(event);
+        }
+        match &mut state.waker {
+            Some(waker) => waker.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+        Poll::Pending
+    }
+}
+
+fn wake(mut state: MutexGuard<'_, SlotState>) {
+    let waker = state.waker.take();
+    drop(state);
+    if let Some(waker) = waker {
+        waker.wake();
     }
 }
 
@@ -228,8 +239,8 @@ impl Session {
                 end: None,
                 room,
                 permit,
+                waker: None,
             }),
-            wake: Notify::new(),
         });
         {
             let mut table = lock(&self.table);
@@ -455,7 +466,7 @@ pub(crate) struct Attachment {
 impl Attachment {
     /// Waits for news. Cancel-safe.
     pub(crate) async fn next(&self) -> Event {
-        self.slot.next().await
+        poll_fn(|cx| self.slot.poll_next(cx)).await
     }
 
     /// Guesses at its tokens, made elsewhere; they replace those that were not sent.

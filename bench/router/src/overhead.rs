@@ -27,8 +27,6 @@ use crate::{
     stats::percentile_ms,
 };
 
-/// Time between a stream's tokens.
-pub(crate) const INTERVAL: Duration = Duration::from_millis(50);
 /// For the start of the streams, before anything is measured.
 const WARM_UP: Duration = Duration::from_secs(4);
 
@@ -40,6 +38,9 @@ pub(crate) struct Args {
     /// Workers that they are spread over; each makes the tokens of all its streams at once
     #[arg(long, default_value_t = 50)]
     workers: usize,
+    /// Tokens a second of each stream
+    #[arg(long, default_value_t = 20.0)]
+    rate: f64,
     /// Seconds that are measured
     #[arg(long, default_value_t = 10)]
     seconds: u64,
@@ -92,18 +93,19 @@ async fn measure(ages: &Ages, seconds: u64, router: Option<&Router>) -> Result<M
 }
 
 pub(crate) async fn run(shoal: &Path, args: &Args) -> Result<()> {
-    let tokens = ((args.seconds + 10) as f64 / INTERVAL.as_secs_f64()) as usize;
+    let interval = Duration::from_secs_f64(1.0 / args.rate);
+    let tokens = ((args.seconds + 10) as f64 * args.rate) as usize;
     let stamps = Stamps::new(args.streams, tokens);
     let pace = Pace {
-        step: INTERVAL,
+        step: interval,
         prefill_row: Duration::ZERO,
         decode_row: Duration::ZERO,
         pages: (args.streams.div_ceil(args.workers) * 2 * tokens.div_ceil(32)) as u32,
         max_running: args.streams,
     };
     println!(
-        "| {} streams at 20 tokens/s | p50 | p99 | tokens/s | tokens/s per core of the router |",
-        args.streams
+        "| {} streams at {} tokens/s | p50 | p99 | tokens/s | tokens/s per core of the router |",
+        args.streams, args.rate
     );
     println!("|---|---|---|---|---|");
     let workers = paced::workers(args.workers, pace, &stamps).await?;
@@ -127,7 +129,7 @@ pub(crate) async fn run(shoal: &Path, args: &Args) -> Result<()> {
         routed.percentile(99.0) - direct.percentile(99.0)
     );
     if let Some(python) = &args.sglang {
-        let address = peer::http_worker(stamps.clone()).await?;
+        let address = peer::http_worker(stamps.clone(), interval).await?;
         let router = peer::sglang_router(python, address).await?;
         through(args, &router, &stamps, |stream| {
             json!(format!("~{stream};"))

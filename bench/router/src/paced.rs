@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use shoal_core::Speculation;
 use shoal_engine::{
     backend::{Backend, BackendError, Batch, NumericsId},
     spec::ModelSpec,
@@ -183,6 +184,8 @@ impl PacedWorker {
         let mut config = WorkerConfig::new("paced.gguf".into(), listen);
         config.engine.max_running = pace.max_running;
         config.engine.step_rows = 2048;
+        // Its tokens repeat: drafts would make many in a step.
+        config.engine.speculation = Speculation::Off;
         config.drain = Duration::ZERO;
         let (busy, stamps) = (Arc::new(AtomicU64::new(0)), stamps.clone());
         let meter = busy.clone();

@@ -5,12 +5,11 @@ use std::{net::SocketAddr, path::Path, process::Command, sync::Arc};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    time::{MissedTickBehavior, interval},
+    time::{Duration, MissedTickBehavior, interval},
 };
 
 use crate::{
     Result,
-    overhead::INTERVAL,
     paced::Stamps,
     router::{Router, free_address},
 };
@@ -29,20 +28,20 @@ pub(crate) async fn sglang_router(python: &Path, worker: SocketAddr) -> Result<R
     Ok(router)
 }
 
-/// A worker of one token every [`INTERVAL`] for each stream, as server-sent events.
-pub(crate) async fn http_worker(stamps: Arc<Stamps>) -> Result<SocketAddr> {
+/// A worker of one token every `pace` for each stream, as server-sent events.
+pub(crate) async fn http_worker(stamps: Arc<Stamps>, pace: Duration) -> Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
             // A client that leaves is the end of its stream.
-            tokio::spawn(serve(stream, stamps.clone()));
+            tokio::spawn(serve(stream, stamps.clone(), pace));
         }
     });
     Ok(address)
 }
 
-async fn serve(mut stream: TcpStream, stamps: Arc<Stamps>) -> Result<()> {
+async fn serve(mut stream: TcpStream, stamps: Arc<Stamps>, pace: Duration) -> Result<()> {
     stream.set_nodelay(true)?;
     let mut request = Vec::new();
     loop {
@@ -69,7 +68,7 @@ async fn serve(mut stream: TcpStream, stamps: Arc<Stamps>) -> Result<()> {
         let head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\
                     Transfer-Encoding: chunked\r\n\r\n";
         stream.write_all(head.as_bytes()).await?;
-        let mut ticks = interval(INTERVAL);
+        let mut ticks = interval(pace);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         for token in 0..stamps.tokens() {
             ticks.tick().await;

@@ -83,7 +83,7 @@ pub(crate) struct RouterSettings {
     #[arg(long, env = "SHOAL_ROUTER_DEFAULT_MAX_TOKENS", value_name = "N")]
     pub(crate) default_max_tokens: Option<u32>,
 
-    /// How long a request whose worker was lost waits for another one [default: 30s]
+    /// How long a request waits where no worker takes it, new or with a lost worker [default: 30s]
     #[arg(long, env = "SHOAL_ROUTER_RESUME_WINDOW", value_name = "TIME")]
     pub(crate) resume_window: Option<Time>,
 

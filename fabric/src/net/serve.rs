@@ -101,6 +101,8 @@ fn protocol(limits: &Limits) -> auto::Builder<TokioExecutor> {
     protocol
         .http1()
         .timer(TokioTimer::new())
+        // A token's chunk is small: one copy costs less than a list of its parts.
+        .writev(false)
         .header_read_timeout(limits.header_timeout)
         .max_buf_size(limits.max_header_bytes as usize);
     protocol

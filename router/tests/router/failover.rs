@@ -128,7 +128,9 @@ async fn a_lost_stream_without_a_worker_ends_with_an_error_event() {
 #[tokio::test]
 async fn a_draining_worker_gets_nothing_new_and_finishes_its_own() {
     let mock = Mock::gated(Script::answer("ab")).await;
-    let router = Router::ready(&[&mock]).await;
+    let mut args = args(&[&mock]);
+    args.resume_window = std::time::Duration::from_millis(200);
+    let router = Router::ready_with(args).await;
     let begin = async {
         mock.live(1).await;
         mock.step(1);

@@ -35,7 +35,8 @@ async fn health_follows_the_workers_and_live_does_not() {
 #[tokio::test]
 async fn without_any_worker_requests_are_503() {
     let mock = Mock::start(Script::answer("x")).await;
-    let args = args(&[&mock]);
+    let mut args = args(&[&mock]);
+    args.resume_window = Duration::from_millis(200);
     drop(mock);
     let router = Router::start(args).await;
     let response = router
@@ -47,6 +48,30 @@ async fn without_any_worker_requests_are_503() {
     assert_eq!(router.get("/health").await.0, 503);
     assert_eq!(router.get("/live").await.0, 200);
     router.stop().await;
+}
+
+#[tokio::test]
+async fn a_request_waits_for_the_first_worker_and_for_the_next() {
+    let mock = Mock::start(Script::answer("patience")).await;
+    let (address, args) = (mock.address, args(&[&mock]));
+    drop(mock);
+    let router = Router::start(args).await;
+    let ask = || router.post("/v1/chat/completions", chat_body(json!({})));
+    let worker = async {
+        router.metric_becomes("shoal_requests_waiting", 1.0).await;
+        Mock::start_at(address, Script::answer("patience")).await
+    };
+    let (response, mock) = tokio::join!(ask(), worker);
+    assert_eq!(response.status(), 200);
+    mock.set_state(WorkerState::Draining);
+    router.becomes(ServingStatus::NotServing).await;
+    let undrain = async {
+        router.metric_becomes("shoal_requests_running", 1.0).await;
+        mock.set_state(WorkerState::Ready);
+    };
+    let (response, ()) = tokio::join!(ask(), undrain);
+    let body: Value = response.json().await.unwrap();
+    assert_eq!(body["choices"][0]["message"]["content"], "patience");
 }
 
 #[tokio::test]

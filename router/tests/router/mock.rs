@@ -4,7 +4,7 @@ mod service;
 mod session;
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
         Arc, Mutex,
         atomic::{AtomicU32, AtomicU64, Ordering},
@@ -101,6 +101,8 @@ struct Shared {
     steps_elsewhere: AtomicU64,
 }
 
+const ANY_PORT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
 /// A worker under a test's control. Dropping it is the death of its process: listener and
 /// connections go at once.
 pub(crate) struct Mock {
@@ -121,13 +123,22 @@ impl Drop for Mock {
 impl Mock {
     /// A worker that steps as fast as it can.
     pub(crate) async fn start(script: Script) -> Self {
-        let mock = Self::gated(script).await;
+        Self::start_at(ANY_PORT, script).await
+    }
+
+    /// The same at an address of one before.
+    pub(crate) async fn start_at(address: SocketAddr, script: Script) -> Self {
+        let mock = Self::gated_at(address, script).await;
         mock.shared.gate.close();
         mock
     }
 
     /// A worker whose steps wait for [`step`](Self::step).
     pub(crate) async fn gated(script: Script) -> Self {
+        Self::gated_at(ANY_PORT, script).await
+    }
+
+    async fn gated_at(address: SocketAddr, script: Script) -> Self {
         let (sender, seen) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             script: Mutex::new(script),
@@ -142,17 +153,17 @@ impl Mock {
         });
         let mut builder = runtime::Builder::new_multi_thread();
         let runtime = builder.worker_threads(1).enable_all().build().unwrap();
-        let (bound, address) = oneshot::channel();
+        let (bound, listening) = oneshot::channel();
         let service = WorkerServer::new(Service(shared.clone()));
         runtime.spawn(async move {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let listener = TcpListener::bind(address).await.unwrap();
             bound.send(listener.local_addr().unwrap()).unwrap();
             let server = Server::builder().tcp_nodelay(true).add_service(service);
             let incoming = TcpListenerStream::new(listener);
             server.serve_with_incoming(incoming).await.unwrap();
         });
         Self {
-            address: address.await.unwrap(),
+            address: listening.await.unwrap(),
             shared,
             seen,
             runtime: Some(runtime),
