@@ -4,12 +4,12 @@
   cargo build --release && bench/speculation.py [--llama-server BINARY]
 
 Four kinds of answer: free chat; quotations of an article in the prompt; support answers that other
-users were given before, but for an order number; near-verbatim repetition. Each is asked with drafts
+users were given before, but for an order number; near-verbatim repetition of an earlier answer. Each is asked with drafts
 off and on in turns, one stream, at temperature 0 and 0.7 with the same seeds, so both arms make the
 same tokens; the run ends where they do not. tok/s is decoding alone: the tokens after the first text by
 the time after it. A step of Shoal's engine sends one event, so tokens per event are those per step.
 Answers end where the model ends them, at 160 tokens at most; those of less than 16 do not count.
-Distinct 4-grams tell how much a text loops. llama.cpp runs with each of its n-gram drafters beside its
+Distinct 4-grams tell how much a text loops, those of the prompt how much it quotes. llama.cpp runs with each of its n-gram drafters beside its
 own plain decoding.
 """
 
@@ -30,7 +30,7 @@ TOKENS = 160
 SHORTEST = 16
 DRAFTERS = ("ngram-simple", "ngram-mod", "ngram-cache")
 
-ARTICLE = """Returns and refunds. You may return unused goods within thirty days after delivery. Pack the
+ARTICLE = " ".join("""Returns and refunds. You may return unused goods within thirty days after delivery. Pack the
 goods in their original box, print the label from your account and hand the parcel in at any post office.
 The refund reaches your card within seven working days after the parcel has come in. Opened food and
 personalised goods cannot be returned. Warranty. Every appliance has a warranty of two years. It covers
@@ -38,13 +38,15 @@ defects of material and workmanship, but no damage by water, falls or improper u
 a photo of the defect and of the type plate, and keep the receipt. We repair the appliance within ten
 working days, or replace it if it cannot be repaired. Delivery. Orders ship within two working days and
 arrive in three to five days. If a parcel is late, ask your neighbours first, then open a ticket with the
-number of your order; we search for seven days and then send the goods again free of charge."""
+number of your order; we search for seven days and then send the goods again free of charge.""".split())
 
 CHAT = ["Tell me a short story about a lighthouse keeper who finds a strange letter.",
         "Explain how a bicycle stays upright while it moves.",
         "What should I cook tonight with rice, eggs and spinach?",
         "Write a letter to a friend about your first week in a new city."]
-SECTIONS = ["returns and refunds", "the warranty", "delivery", "what to do when a parcel is late"]
+SECTIONS = ["returns and refunds", "the warranty", "delivery", "late parcels"]
+# Sentences from which on the model does say six again when it is asked to.
+REPEATED = [1, 3, 5, 9]
 TOPICS = ["a parcel that never arrived", "a kettle that leaks", "a refund that is late", "a wrong colour"]
 
 
@@ -54,12 +56,16 @@ def prompts(kind, i, user):
     if kind == "free chat":
         return say(CHAT[i])
     if kind == "retrieval":
-        return say(f"{ARTICLE}\n\nQuote what the article says about {SECTIONS[i]}, word for word.")
+        # A model this small quotes once it has seen it done.
+        return [*say(f"What does the article say about opened food?\n\nArticle: {ARTICLE}"),
+                {"role": "assistant",
+                 "content": "The article says: Opened food and personalised goods cannot be returned."},
+                *say(f"What does the article say about {SECTIONS[i]}?")]
     if kind == "template":
         return say(f"You are a support assistant. A customer with order NW-{91 + user}{i}4 writes about "
                    f"{TOPICS[i]}. Write the standard reply of the shop, politely and in full.")
-    half = " ".join(ARTICLE.split()[i * 25:i * 25 + 90])
-    return say(f"Repeat this text exactly, and nothing else:\n\n{half}")
+    said = ". ".join(ARTICLE.split(". ")[REPEATED[i]:REPEATED[i] + 6]).rstrip(".") + "."
+    return [*say("What does the article say?"), {"role": "assistant", "content": said}, *say("Please say that again.")]
 
 
 KINDS = ("free chat", "retrieval", "template", "near-verbatim")
@@ -89,15 +95,21 @@ def ask(server, messages, **fields):
 
 def keep(arms, taken):
     """Counts a pair of answers, unless one is too short to measure."""
-    if all(tokens >= SHORTEST for _, _, tokens, _ in taken.values()):
-        for arm, (rate, step, _, loops) in taken.items():
-            arms[arm].append((rate, step, loops))
+    if all(measured[2] >= SHORTEST for measured in taken.values()):
+        for arm, (rate, step, _, *grams) in taken.items():
+            arms[arm].append((rate, step, *grams))
 
 
-def distinct(text):
+def four_grams(text):
     words = text.split()
-    grams = [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
-    return len(set(grams)) / max(1, len(grams))
+    return [tuple(words[i:i + 4]) for i in range(len(words) - 3)]
+
+
+def novelty(text, messages):
+    """How much of a text is new in it, and how much of it is copied from the prompt."""
+    grams, prompt = four_grams(text), set(four_grams(" ".join(m["content"] for m in messages)))
+    count = max(1, len(grams))
+    return len(set(grams)) / count, sum(gram in prompt for gram in grams) / count
 
 
 def shoal(repeats, rows):
@@ -115,11 +127,12 @@ def shoal(repeats, rows):
                     for i in range(4):
                         texts, taken = {}, {}
                         for arm in ("off", "auto") if (repeat + i) % 2 else ("auto", "off"):
+                            messages = prompts(kind, i, 3 + repeat)
                             text, *measured = ask(
-                                server, prompts(kind, i, 3 + repeat), temperature=temperature, seed=7 * i + repeat,
+                                server, messages, temperature=temperature, seed=7 * i + repeat,
                                 speculation=arm, user=f"{kind} {temperature} {repeat} {i} {arm}")
                             texts[arm] = text
-                            taken[arm] = (*measured, distinct(text))
+                            taken[arm] = (*measured, *novelty(text, messages))
                         if texts["off"] != texts["auto"]:
                             raise SystemExit("drafts changed an answer")
                         keep(arms, taken)
@@ -143,8 +156,9 @@ def llama(binary, model, repeats, rows):
                     for i in range(4):
                         taken = {}
                         for arm in ("off", "on") if (repeat + i) % 2 else ("on", "off"):
-                            text, *measured = ask(servers[arm], prompts(kind, i, 3 + repeat), temperature=0)
-                            taken[arm] = (*measured, distinct(text))
+                            messages = prompts(kind, i, 3 + repeat)
+                            text, *measured = ask(servers[arm], messages, temperature=0)
+                            taken[arm] = (*measured, *novelty(text, messages))
                         keep(arms, taken)
                 rows.append((f"llama.cpp {drafter}", kind, 0, arms["off"], arms["on"]))
                 print(line(*rows[-1]), flush=True)
@@ -154,19 +168,20 @@ def llama(binary, model, repeats, rows):
 
 
 def line(server, kind, temperature, off, on):
-    rate = lambda arm: statistics.median(r for r, _, _ in arm)
+    rate = lambda arm: statistics.median(answer[0] for answer in arm)
+    mean = lambda place: statistics.mean(answer[place] for answer in on)
     gains = [b[0] / a[0] for a, b in zip(off, on)] or [float("nan")]
-    steps, loops = statistics.mean(s for _, s, _ in on), statistics.mean(d for _, _, d in on)
     # llama.cpp sends every token by itself.
-    steps = f"{steps:.2f}" if server == "Shoal" else ""
+    steps = f"{mean(1):.2f}" if server == "Shoal" else ""
     return (f"| {server} | {kind} | {temperature} | {rate(off):.0f} | {rate(on):.0f} "
-            f"| {statistics.median(gains):.2f} [{min(gains):.2f}–{max(gains):.2f}] | {steps} | {loops:.2f} |")
+            f"| {statistics.median(gains):.2f} [{min(gains):.2f}–{max(gains):.2f}] | {steps} | {mean(2):.2f} | {mean(3):.2f} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-server", type=pathlib.Path)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--dry", action="store_true", help="print the rows, leave docs/speculation.md alone")
     args = parser.parse_args()
     rows = []
     shoal(args.repeats, rows)
@@ -174,11 +189,13 @@ def main():
         model = subprocess.run([ROOT / "target/release/shoal", "model", "fetch"], check=True, capture_output=True,
                                text=True).stdout.strip()
         llama(args.llama_server, model, 1, rows)
+    if args.dry:
+        return
     cpu = next(l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
     table = [BEGIN, f"{datetime.date.today()}, {cpu}, one stream; {4 * args.repeats} pairs each (4 of llama.cpp), "
              "medians [least–most].", "",
-             "| server | text | T | off tok/s | drafts tok/s | × | tokens per event | distinct 4-grams |",
-             "|---|---|---|---|---|---|---|---|", *(line(*row) for row in rows), END]
+             "| server | text | T | off tok/s | drafts tok/s | × | tokens per event | distinct 4-grams | of the prompt |",
+             "|---|---|---|---|---|---|---|---|---|", *(line(*row) for row in rows), END]
     page = ROOT / "docs/speculation.md"
     head, rest = page.read_text().split(BEGIN)
     page.write_text(head + "\n".join(table) + rest.split(END)[1])
