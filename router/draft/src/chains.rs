@@ -85,6 +85,8 @@ impl Chains {
             if next == NONE || next < oldest {
                 break;
             }
+            // Read first: the memory fetches it while the place is compared.
+            let before = self.links[next as usize & (self.links.len() - 1)];
             let found = length(next);
             if found >= last.len() && best.is_none_or(|best| found > best.length) {
                 best = Some(Match {
@@ -95,7 +97,6 @@ impl Chains {
                     break;
                 }
             }
-            let before = self.links[next as usize & (self.links.len() - 1)];
             // An entry that was written over leads to a newer place: the chain ends.
             if before >= next {
                 break;
