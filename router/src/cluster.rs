@@ -62,7 +62,7 @@ pub(crate) struct Cluster {
     pub(crate) corpora: Arc<Corpora>,
     changes: watch::Sender<()>,
     pub(crate) metrics: Metrics,
-    routing: Routing,
+    pub(crate) routing: Routing,
     /// Placements so far.
     turns: AtomicUsize,
 }
@@ -292,9 +292,9 @@ impl Cluster {
         sum
     }
 
-    /// How workers are chosen, and how many were before.
-    pub(crate) fn turn(&self) -> (Routing, usize) {
-        (self.routing, self.turns.fetch_add(1, Ordering::Relaxed))
+    /// How many workers were chosen before.
+    pub(crate) fn turn(&self) -> usize {
+        self.turns.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Whether a worker other than this one could go on with what it has.

@@ -17,7 +17,10 @@ use std::{
 use shoal_core::{DraftScope, Speculation, TokenId};
 use shoal_fabric::telemetry;
 use shoal_proto::worker::{Finish, Logprob, RejectReason, SequenceOutput, SequenceUsage, Submit};
-use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout, timeout_at};
+use tokio::{
+    sync::watch,
+    time::{Instant, Sleep, sleep, sleep_until, timeout, timeout_at},
+};
 use tracing::{Span, info_span};
 
 use crate::{
@@ -29,7 +32,7 @@ use crate::{
     metrics::Metrics,
     pages::Coming,
     place::{Place, Wanted},
-    placement::Work,
+    placement::{Routing, Work},
     request::Job,
     retry::RetryBudget,
     session::{Attachment, Closed, Event},
@@ -115,6 +118,8 @@ struct Stay {
     pass: Pass,
     /// It has had output here.
     proven: bool,
+    /// Tokens to prefill when it came.
+    uncached: u64,
     _coming: Coming,
 }
 
@@ -139,6 +144,8 @@ pub(crate) struct Generation {
     at: Option<Stay>,
     leads: Leads,
     numerics_id: Vec<u8>,
+    /// Of the cluster, since it was placed.
+    changes: watch::Receiver<()>,
     /// One timer for all waits.
     deadline: Pin<Box<Sleep>>,
     span: Span,
@@ -157,6 +164,7 @@ impl Generation {
             deadline: Box::pin(sleep_until(job.arrival.deadline)),
             sequence: dispatch.sequences.fetch_add(1, Ordering::Relaxed),
             span: info_span!("generation", choice),
+            changes: dispatch.cluster.watch(),
             dispatch,
             job,
             choice,
@@ -177,7 +185,7 @@ impl Generation {
     /// Waits for new tokens or the end. Not to be called after the end.
     pub(crate) async fn next(&mut self) -> Result<Tokens, RequestError> {
         loop {
-            let Some(stay) = &self.at else {
+            let Some(stay) = &mut self.at else {
                 let placement = self.dispatch.metrics.stages.placement.clone();
                 let span = info_span!(parent: &self.span, "placement", attempt = self.attempt);
                 placement.run(span, self.attach()).await?;
@@ -191,6 +199,10 @@ impl Generation {
                     if let Some(draft) = draft {
                         stay.attachment.draft(draft);
                     }
+                    continue;
+                }
+                Ok(()) = self.changes.changed(), if !stay.proven => {
+                    self.reconsider();
                     continue;
                 }
                 () = self.deadline.as_mut() => return Err(RequestError::Deadline),
@@ -350,6 +362,27 @@ impl Generation {
                 attempts: self.fruitless,
             });
         }
+        self.move_on();
+        Ok(())
+    }
+
+    /// The cluster has changed: what has not begun goes where it now is predicted to end first.
+    fn reconsider(&mut self) {
+        if self.dispatch.cluster.routing != Routing::Cost {
+            // The others choose without a look at where it is.
+            return;
+        }
+        let (Some(place), Some(stay)) = (self.place(), &self.at) else {
+            return;
+        };
+        if !Arc::ptr_eq(&place.connected, &stay.connected) {
+            self.detach();
+            self.move_on();
+        }
+    }
+
+    /// Its next attempt is to be made.
+    fn move_on(&mut self) {
         self.attempt += 1;
         self.dispatch.metrics.resubmissions.inc();
         tracing::info!(
@@ -358,7 +391,6 @@ impl Generation {
             output = self.output.len(),
             "sequence goes on elsewhere"
         );
-        Ok(())
     }
 
     fn place(&self) -> Option<Place> {
@@ -372,6 +404,10 @@ impl Generation {
             session_id: &self.job.session_id,
             numerics_id: if resumed { &self.numerics_id } else { &[] },
             avoid: &self.avoid,
+            at: self
+                .at
+                .as_ref()
+                .map(|stay| (&stay.connected, stay.uncached)),
         })
     }
 
@@ -390,8 +426,8 @@ impl Generation {
         let deadline = self.job.arrival.deadline;
         let since = *self.homeless.get_or_insert_with(Instant::now);
         let give_up = deadline.min(since + self.dispatch.resume_window);
-        let mut changes = self.dispatch.cluster.watch();
         loop {
+            self.changes.mark_unchanged();
             if let Some(place) = self.place() {
                 let submit = self.submission(&place);
                 let permit = self.permit.take();
@@ -409,7 +445,7 @@ impl Generation {
             self.avoid.clear();
             let change = async {
                 tokio::select! {
-                    _ = changes.changed() => {}
+                    _ = self.changes.changed() => {}
                     () = sleep(RETRY_PAUSE) => {}
                 }
             };
@@ -435,6 +471,7 @@ impl Generation {
             connected: place.connected,
             pass: place.pass,
             proven: false,
+            uncached: place.uncached,
             _coming: place.coming,
         });
     }

@@ -31,6 +31,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) numerics_id: &'a [u8],
     /// Workers that just refused, by address.
     pub(crate) avoid: &'a [Arc<str>],
+    /// The worker that it is at, and the tokens of its own that wait there for their prefill.
+    pub(crate) at: Option<(&'a Arc<Connected>, u64)>,
 }
 
 /// A worker to submit to.
@@ -88,15 +90,20 @@ impl Cluster {
                 // It held the conversation's earlier turns; nothing better is known.
                 cached = wanted.prompt.len();
             }
-            candidates.push(r.connected.candidate(cached as f64));
+            let mut candidate = r.connected.candidate(cached as f64);
+            if let Some((_, own)) = wanted.at.filter(|(at, _)| Arc::ptr_eq(at, &r.connected)) {
+                candidate.placed.sequences = candidate.placed.sequences.saturating_sub(1);
+                candidate.placed.unstarted_tokens =
+                    candidate.placed.unstarted_tokens.saturating_sub(own);
+            }
+            candidates.push(candidate);
         }
         let tokens = wanted.prompt.len() + wanted.resumed;
         let work = Work {
             prompt: tokens as f64,
             output: wanted.output,
         };
-        let (routing, turn) = self.turn();
-        let chosen = placement::choose(routing, &candidates, &work, turn)?;
+        let chosen = placement::choose(self.routing, &candidates, &work, self.turn())?;
         let cached = candidates[chosen].cached as u64;
         let Ready { worker, connected } = &ready[chosen];
         Some(Place {

@@ -274,3 +274,34 @@ async fn several_models_are_served_by_name() {
     let answer = router.chat(json!({ "model": "org/large" })).await;
     assert_eq!(content(&answer), "org/large");
 }
+
+#[tokio::test]
+async fn what_waits_moves_to_a_worker_that_is_ready_again() {
+    let mut busy = Mock::gated(Script::answer("ab")).await;
+    let mut idle = Mock::gated(Script::answer("ab")).await;
+    idle.set_state(WorkerState::Draining);
+    let router = Router::ready(&[&busy, &idle]).await;
+    status(&router, |s| s.groups.iter().all(|group| group.connected)).await;
+    let begin = async {
+        let begun = busy.submitted().await;
+        busy.step(1);
+        begun.sequence
+    };
+    let (mut events, begun) = tokio::join!(router.stream(json!({})), begin);
+    assert_eq!(events.text().await, "a");
+    let late = async {
+        busy.live(4).await;
+        idle.set_state(WorkerState::Ready);
+        let moved = idle.submitted().await;
+        assert_ne!(moved.sequence, begun);
+        assert_eq!(busy.cancelled().await.sequence, moved.sequence);
+        busy.step(20);
+        idle.step(20);
+    };
+    let ask = || router.chat(json!({}));
+    let (a, b, c, ()) = tokio::join!(ask(), ask(), ask(), late);
+    for answer in [a, b, c] {
+        assert_eq!(content(&answer), "ab");
+    }
+    assert_eq!(joined(&events.rest().await, 0), "b");
+}
