@@ -41,6 +41,8 @@ use crate::{
 
 /// Attempts without a new token after which a sequence counts as the cause of its losses.
 const MAX_FRUITLESS: u32 = 4;
+/// Times that a sequence moves while it waits, lest it does nothing else.
+const MAX_MOVES: u32 = 4;
 /// Between tries where every worker refuses a sequence that was running.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Most that a cancelled sequence's last word may hold its answer up; it takes about a step.
@@ -136,6 +138,7 @@ pub(crate) struct Generation {
     prompt_scored: bool,
     /// Attempts that ended since the last new token.
     fruitless: u32,
+    moves: u32,
     /// Since when it has had no worker that takes it.
     homeless: Option<Instant>,
     permit: Option<Permit>,
@@ -173,6 +176,7 @@ impl Generation {
             output: Vec::new(),
             prompt_scored: false,
             fruitless: 0,
+            moves: 0,
             homeless: None,
             permit: Some(permit),
             avoid: Vec::new(),
@@ -362,35 +366,42 @@ impl Generation {
                 attempts: self.fruitless,
             });
         }
-        self.move_on();
+        tracing::info!(
+            sequence = self.sequence,
+            attempt = self.attempt + 1,
+            output = self.output.len(),
+            "sequence goes on elsewhere"
+        );
+        self.try_again();
         Ok(())
     }
 
     /// The cluster has changed: what has not begun goes where it now is predicted to end first.
     fn reconsider(&mut self) {
-        if self.dispatch.cluster.routing != Routing::Cost {
-            // The others choose without a look at where it is.
+        // The other routings choose without a look at where it is.
+        if self.moves == MAX_MOVES || self.dispatch.cluster.routing != Routing::Cost {
             return;
         }
         let (Some(place), Some(stay)) = (self.place(), &self.at) else {
             return;
         };
         if !Arc::ptr_eq(&place.connected, &stay.connected) {
+            tracing::info!(
+                sequence = self.sequence,
+                from = %stay.address,
+                to = %place.address,
+                "waiting sequence moves"
+            );
+            self.moves += 1;
             self.detach();
-            self.move_on();
+            self.try_again();
         }
     }
 
-    /// Its next attempt is to be made.
-    fn move_on(&mut self) {
+    /// Has its next attempt made.
+    fn try_again(&mut self) {
         self.attempt += 1;
         self.dispatch.metrics.resubmissions.inc();
-        tracing::info!(
-            sequence = self.sequence,
-            attempt = self.attempt,
-            output = self.output.len(),
-            "sequence goes on elsewhere"
-        );
     }
 
     fn place(&self) -> Option<Place> {

@@ -14,6 +14,8 @@ use crate::{
 
 /// Attempts in a row without a new token that a sequence has at most after its first.
 const MOST_FRUITLESS: usize = 3;
+/// Moves of a sequence while it waits.
+const MOST_MOVES: usize = 4;
 /// A request takes no longer, queue and pauses included, where a worker is always well.
 const LONGEST_ANSWER: Duration = Duration::from_secs(10);
 
@@ -25,6 +27,10 @@ pub(crate) fn check_trace(trace: &Trace) -> Vec<String> {
         broken.push(format!(
             "a sequence went on {fruitless} times without a token"
         ));
+    }
+    let moves = trace.moves();
+    if moves > MOST_MOVES {
+        broken.push(format!("a waiting sequence moved {moves} times"));
     }
     broken
 }

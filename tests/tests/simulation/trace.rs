@@ -81,13 +81,19 @@ impl Trace {
 
     /// The most attempts in a row of one sequence that brought no token.
     pub(crate) fn fruitless(&self) -> usize {
-        let mut runs: HashMap<(String, String), usize> = HashMap::new();
-        for line in self
-            .text()
-            .lines()
-            .filter(|line| line.contains("sequence goes on elsewhere"))
-        {
-            let key = (field(line, "sequence"), field(line, "output"));
+        self.most("sequence goes on elsewhere", &["sequence", "output"])
+    }
+
+    /// How often the sequence that moved most has moved while it waited.
+    pub(crate) fn moves(&self) -> usize {
+        self.most("waiting sequence moves", &["sequence"])
+    }
+
+    /// How many lines with a message have equal values in some fields, at most.
+    fn most(&self, message: &str, fields: &[&str]) -> usize {
+        let mut runs: HashMap<Vec<String>, usize> = HashMap::new();
+        for line in self.text().lines().filter(|line| line.contains(message)) {
+            let key = fields.iter().map(|name| field(line, name)).collect();
             *runs.entry(key).or_default() += 1;
         }
         runs.into_values().max().unwrap_or(0)
