@@ -10,6 +10,7 @@ Runs in the engine's own environment, beside aiohttp. It answers what bench/load
 import asyncio
 import itertools
 import json
+import os
 import pathlib
 import sys
 import threading
@@ -74,19 +75,27 @@ class MistralRs:
     """Runner: a blocking iterator of chunks for every request."""
 
     def __init__(self, model, threads):
+        os.environ["RAYON_NUM_THREADS"] = str(threads)
         import mistralrs
 
         self.api = mistralrs
         path = pathlib.Path(model)
         which = mistralrs.Which.GGUF(
             tok_model_id=None, quantized_model_id=str(path.parent), quantized_filename=path.name)
-        self.runner = mistralrs.Runner(which=which, max_seqs=64)
+        # It is several times slower with the file's own Q4_1.
+        self.runner = mistralrs.Runner(which=which, max_seqs=64, in_situ_quant="Q8_0")
+        # The runner takes one call at a time, and fails if two prompts come into one batch.
+        self.prompt = threading.Lock()
 
     def generate(self, messages, tokens, put):
         request = self.api.ChatCompletionRequest(
-            model="default", messages=messages, max_tokens=tokens, temperature=0.0, stream=True)
+            model="default", messages=messages, max_tokens=tokens, temperature=0.0, stream=True,
+            ignore_eos=True)
         usage, pieces = None, 0
-        for chunk in self.runner.send_chat_completion_request(request):
+        with self.prompt:
+            chunks = iter(self.runner.send_chat_completion_request(request))
+            first = next(chunks)
+        for chunk in itertools.chain([first], chunks):
             text = chunk.choices[0].delta.content
             if text:
                 put(text)
@@ -140,7 +149,7 @@ def app(engine):
 def main():
     kind, model, port, threads = sys.argv[1:]
     engine = {"openvino": OpenVino, "mistralrs": MistralRs}[kind](model, int(threads))
-    web.run_app(app(engine), host="127.0.0.1", port=int(port), print=None)
+    web.run_app(app(engine), host="127.0.0.1", port=int(port), print=None, shutdown_timeout=1)
 
 
 if __name__ == "__main__":

