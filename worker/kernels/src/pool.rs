@@ -28,8 +28,9 @@ struct Line<T>(T);
 #[derive(Default)]
 struct Signal {
     word: AtomicU32,
-    /// Somebody sleeps on the word.
-    sleeping: AtomicBool,
+    /// How many sleep on the word, or are about to. Only they themselves change it: whoever raises
+    /// the number may be held up in between, and would speak for somebody who came later.
+    sleepers: AtomicU32,
 }
 
 impl Signal {
@@ -47,20 +48,26 @@ impl Signal {
                 break;
             }
         }
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
         loop {
-            self.sleeping.store(true, Ordering::SeqCst);
             let seen = self.word.load(Ordering::SeqCst);
             if done(seen) {
-                return;
+                break;
             }
             atomic_wait::wait(&self.word, seen);
         }
+        self.sleepers.fetch_sub(1, Ordering::SeqCst);
     }
 
     /// Adds to the number and wakes whoever sleeps on it.
     fn raise(&self, by: u32) {
         self.word.fetch_add(by, Ordering::SeqCst);
-        if self.sleeping.load(Ordering::SeqCst) && self.sleeping.swap(false, Ordering::SeqCst) {
+        self.wake();
+    }
+
+    /// The second half of [`raise`](Self::raise).
+    fn wake(&self) {
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
             atomic_wait::wake_all(&self.word);
         }
     }
@@ -335,7 +342,7 @@ mod tests {
     fn sleeping_threads_wake() {
         let mut pool = Pool::new(3).unwrap();
         for _ in 0..3 {
-            while !pool.shared.round.0.sleeping.load(Ordering::SeqCst) {
+            while pool.shared.round.0.sleepers.load(Ordering::SeqCst) < 2 {
                 std::thread::yield_now();
             }
             let ran = AtomicUsize::new(0);
@@ -344,6 +351,26 @@ mod tests {
             });
             assert_eq!(ran.into_inner(), 3);
         }
+    }
+
+    /// A driver that is held up between its two halves wakes for a round that the thread has
+    /// already done: that must not hide the thread's next sleep from the next round.
+    #[test]
+    fn a_late_wake_takes_no_sleeper_away() {
+        let signal = Signal::default();
+        std::thread::scope(|threads| {
+            signal.word.fetch_add(1, Ordering::SeqCst);
+            let sleeper = threads.spawn(|| signal.wait(|number| number == 2));
+            while signal.sleepers.load(Ordering::SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+            // Late, for the number 1, and perhaps before the thread has got to its sleep.
+            signal.wake();
+            assert_eq!(signal.sleepers.load(Ordering::SeqCst), 1);
+            signal.raise(1);
+            sleeper.join().unwrap();
+        });
+        assert_eq!(signal.sleepers.into_inner(), 0);
     }
 
     #[test]
