@@ -24,12 +24,16 @@ from speculation import KINDS, ask, prompts
 BEGIN, END = "<!-- concurrency -->", "<!-- /concurrency -->"
 ARMS = ["off", 2, 4, 8, "auto"]
 STREAMS = [1, 2, 4, 8, 16, 32]
-ANSWERS = 4  # of a stream, in a run
+
+
+def answers(streams):
+    """Of a stream, in a run: so many that its end, where fewer and fewer streams are left, counts little."""
+    return min(12, max(4, 64 // streams))
 
 
 def run(server, streams, arm):
     """The texts, and all their tokens by the time from the first request to the last answer."""
-    questions = itertools.islice(itertools.cycle([(k, i) for i in range(4) for k in KINDS]), ANSWERS * streams)
+    questions = itertools.islice(itertools.cycle([(k, i) for i in range(4) for k in KINDS]), answers(streams) * streams)
     # A question is asked once with each order number, so that streams do not repeat each other.
     asks = [prompts(kind, i, n // 16) for n, (kind, i) in enumerate(questions)]
     start = time.perf_counter()
@@ -42,13 +46,14 @@ def run(server, streams, arm):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--streams", default=",".join(map(str, STREAMS)), help="%(default)s if left out")
     parser.add_argument("--dry", action="store_true", help="print the table, leave docs/speculation.md alone")
     args = parser.parse_args()
     port = free_port()
     server = Server([ROOT / "target/release/shoal", "up", "--listen", f"127.0.0.1:{port}", "--log", "error"], port)
     rows = []
     try:
-        for streams in STREAMS:
+        for streams in map(int, args.streams.split(",")):
             rates = {arm: [] for arm in ARMS}
             run(server, streams, "auto")  # Prompts into the cache, step times into the model.
             for repeat in range(args.repeats):
@@ -66,8 +71,8 @@ def main():
     finally:
         server.stop()
     cpu = next(l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    table = [BEGIN, f"{datetime.date.today()}, {cpu}, 2 threads; {args.repeats} interleaved runs, median tok/s; the last "
-             "column is auto beside the best of the others, paired [least–most].", "",
+    table = [BEGIN, f"{datetime.date.today()}, {cpu}, 2 threads; {args.repeats} interleaved runs, median tok/s; the "
+             "last column is auto beside the best of the others, paired [least–most].", "",
              "| streams | off | 2 | 4 | 8 | auto | auto / best |", "|---|---|---|---|---|---|---|", *rows, END]
     if not args.dry:
         page = ROOT / "docs/speculation.md"

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Measures what drafts gain, by kind of text, and writes the table of docs/speculation.md.
 
-  cargo build --release && bench/speculation.py [--llama-server BINARY]
-  bench/speculation.py --servers vllm --dry
+  cargo build --release && bench/speculation.py
+  bench/speculation.py --servers llama --llama-server BINARY --dry
 
 Four kinds of answer: free chat; quotations of an article in the prompt; support answers that other
-users were given before, but for an order number; near-verbatim repetition of an earlier answer. Each is asked with drafts
-off and on in turns, one stream, at temperature 0 and 0.7 with the same seeds, so both arms make the
+users were given before, but for an order number; near-verbatim repetition of an earlier answer. Each
+is asked with drafts off and on in turns, one stream, at temperature 0 and 0.7 with the same seeds, so both arms make the
 same tokens; the run ends where they do not. tok/s is decoding alone: the tokens after the first text by
 the time after it. A step of Shoal's engine sends one event, so tokens per event are those per step.
 Answers end where the model ends them, at 160 tokens at most; those of less than 16 do not count.
@@ -180,20 +180,21 @@ def line(server, kind, temperature, off, on):
     # llama.cpp sends every token by itself.
     steps = "" if server.startswith("llama.cpp") else f"{mean(1):.2f}"
     return (f"| {server} | {kind} | {temperature} | {rate(off):.0f} | {rate(on):.0f} "
-            f"| {statistics.median(gains):.2f} [{min(gains):.2f}–{max(gains):.2f}] | {steps} | {mean(2):.2f} | {mean(3):.2f} |")
+            f"| {statistics.median(gains):.2f} [{min(gains):.2f}–{max(gains):.2f}] | {steps} "
+            f"| {mean(2):.2f} | {mean(3):.2f} |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", default="shoal", help="some of shoal,llama,vllm; %(default)s if left out")
-    parser.add_argument("--llama-server", type=pathlib.Path, help="llama too, with this binary")
+    parser.add_argument("--llama-server", type=pathlib.Path, help="a binary of your own")
     parser.add_argument("--shoal", type=pathlib.Path, default=ROOT / "target/release/shoal", help="another binary")
     parser.add_argument("--cache", type=pathlib.Path, default=ROOT / "target/peers")
     parser.add_argument("--threads", type=int, default=2, help="of a peer")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="print the table, leave docs/speculation.md alone")
     args = parser.parse_args()
-    names = args.servers.split(",") + ["llama"] * bool(args.llama_server)
+    names = args.servers.split(",")
     args.cache.mkdir(parents=True, exist_ok=True)
     args.model = pathlib.Path(
         subprocess.run([args.shoal, "model", "fetch"], check=True, capture_output=True, text=True).stdout.strip())
@@ -206,7 +207,8 @@ def main():
     cpu = next(l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
     table = [BEGIN, f"{datetime.date.today()}, {cpu}, one stream; {4 * args.repeats} pairs each (4 of a peer), "
              "medians [least–most].", "",
-             "| server | text | T | off tok/s | drafts tok/s | × | tokens per event | distinct 4-grams | of the prompt |",
+             "| server | text | T | off tok/s | drafts tok/s | × | tokens per event "
+             "| distinct 4-grams | of the prompt |",
              "|---|---|---|---|---|---|---|---|---|", *(line(*row) for row in rows), END]
     if args.dry:
         print("\n".join(table[1:-1]))

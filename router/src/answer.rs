@@ -11,16 +11,9 @@ use tokio::time::Instant;
 use tracing::Span;
 
 use crate::{
-    admission::Permit,
-    error::RequestError,
-    generation::{Dispatch, Generation},
-    keys::TenantGuard,
-    merge::Merge,
-    metrics::ModelMetrics,
-    output::Output,
-    placement::Work,
-    request::Job,
-    service::Open,
+    admission::Permit, dispatch::Dispatch, error::RequestError, generation::Generation,
+    keys::TenantGuard, merge::Merge, metrics::ModelMetrics, output::Output, placement::Work,
+    request::Job, service::Open,
 };
 
 /// New text of one choice. All fields may be empty; the last one of a choice has a finish

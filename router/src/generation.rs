@@ -5,92 +5,31 @@
 //! carries them to another worker, or to the same one once it is back: the client sees a
 //! pause.
 
-use std::{
-    pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+mod attempt;
 
-use shoal_core::{DraftScope, Speculation, TokenId};
-use shoal_fabric::telemetry;
-use shoal_proto::worker::{Finish, Logprob, RejectReason, SequenceOutput, SequenceUsage, Submit};
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use shoal_core::TokenId;
+use shoal_proto::worker::{Finish, Logprob, RejectReason, SequenceOutput, SequenceUsage};
 use tokio::{
     sync::watch,
-    time::{Instant, Sleep, sleep, sleep_until, timeout, timeout_at},
+    time::{Instant, Sleep, sleep_until, timeout},
 };
 use tracing::{Span, info_span};
 
+use self::attempt::Stay;
 use crate::{
-    admission::{Admission, Permit},
-    breaker::Pass,
-    cluster::Cluster,
+    admission::Permit,
+    dispatch::Dispatch,
     error::RequestError,
     lead::{Leads, Led},
-    metrics::Metrics,
-    pages::Coming,
-    place::{Place, Wanted},
-    placement::{Routing, Work},
+    placement::Work,
     request::Job,
-    retry::RetryBudget,
-    session::{Attachment, Closed, Event},
-    worker::Connected,
+    session::Event,
 };
 
-/// Attempts without a new token after which a sequence counts as the cause of its losses.
-const MAX_FRUITLESS: u32 = 4;
-/// Times that a sequence moves while it waits, lest it does nothing else.
-const MAX_MOVES: u32 = 4;
-/// Between tries where every worker refuses a sequence that was running.
-const RETRY_PAUSE: Duration = Duration::from_millis(100);
 /// Most that a cancelled sequence's last word may hold its answer up; it takes about a step.
 const FAREWELL: Duration = Duration::from_secs(1);
-
-/// What every generation needs.
-#[derive(Debug)]
-pub(crate) struct Dispatch {
-    pub(crate) cluster: Arc<Cluster>,
-    pub(crate) admission: Arc<Admission>,
-    pub(crate) metrics: Metrics,
-    pub(crate) resume_window: Duration,
-    retries: RetryBudget,
-    sequences: AtomicU64,
-}
-
-impl Dispatch {
-    pub(crate) fn new(
-        cluster: Arc<Cluster>,
-        admission: Arc<Admission>,
-        metrics: Metrics,
-        resume_window: Duration,
-    ) -> Self {
-        Self {
-            cluster,
-            admission,
-            metrics,
-            resume_window,
-            retries: RetryBudget::new(),
-            sequences: AtomicU64::new(1),
-        }
-    }
-
-    /// Whether the retry budget holds one more.
-    fn may_retry(&self) -> bool {
-        let granted = self.retries.withdraw();
-        if !granted {
-            self.metrics.refused_retries.inc();
-        }
-        granted
-    }
-
-    /// When a worker is predicted to have room again.
-    fn retry_after(&self) -> Duration {
-        let throughput = self.cluster.throughput();
-        throughput.drain_time(&self.admission.backlog())
-    }
-}
 
 /// New tokens of one choice.
 #[derive(Debug, Default)]
@@ -109,20 +48,6 @@ pub(crate) struct End {
     /// By a stop token, which is the last one; else by a limit.
     pub(crate) stopped: bool,
     pub(crate) usage: SequenceUsage,
-}
-
-/// An attempt at a worker.
-#[derive(Debug)]
-struct Stay {
-    attachment: Attachment,
-    address: Arc<str>,
-    connected: Arc<Connected>,
-    pass: Pass,
-    /// It has had output here.
-    proven: bool,
-    /// Tokens to prefill when it came.
-    uncached: u64,
-    _coming: Coming,
 }
 
 /// One choice of a job. Dropping it cancels it.
@@ -162,10 +87,9 @@ impl Generation {
         work: Work,
         permit: Permit,
     ) -> Self {
-        dispatch.retries.deposit();
         Self {
             deadline: Box::pin(sleep_until(job.arrival.deadline)),
-            sequence: dispatch.sequences.fetch_add(1, Ordering::Relaxed),
+            sequence: dispatch.begin(),
             span: info_span!("generation", choice),
             changes: dispatch.cluster.watch(),
             dispatch,
@@ -339,195 +263,4 @@ impl Generation {
         };
         timeout(FAREWELL, farewell).await.unwrap_or_default()
     }
-
-    fn detach(&mut self) {
-        if let Some(stay) = self.at.take() {
-            self.permit = stay.attachment.take_permit();
-        }
-    }
-
-    /// The worker failed it, unless it said that it takes nothing more.
-    fn blame(&mut self) {
-        if let Some(stay) = &mut self.at
-            && stay.connected.is_ready()
-        {
-            stay.pass.fail();
-        }
-    }
-
-    /// The worker is gone, or has given the sequence up.
-    fn lose(&mut self) -> Result<(), RequestError> {
-        self.detach();
-        self.fruitless += 1;
-        // A stream that got on is never refused its next worker; one that did not is a retry.
-        let refused = self.fruitless > 1 && !self.dispatch.may_retry();
-        if self.fruitless >= MAX_FRUITLESS || refused {
-            return Err(RequestError::WorkerLost {
-                attempts: self.fruitless,
-            });
-        }
-        tracing::info!(
-            sequence = self.sequence,
-            attempt = self.attempt + 1,
-            output = self.output.len(),
-            "sequence goes on elsewhere"
-        );
-        self.try_again();
-        Ok(())
-    }
-
-    /// The cluster has changed: what has not begun goes where it now is predicted to end first.
-    fn reconsider(&mut self) {
-        // The other routings choose without a look at where it is.
-        if self.moves == MAX_MOVES || self.dispatch.cluster.routing != Routing::Cost {
-            return;
-        }
-        let (Some(place), Some(stay)) = (self.place(), &self.at) else {
-            return;
-        };
-        if !Arc::ptr_eq(&place.connected, &stay.connected) {
-            tracing::info!(
-                sequence = self.sequence,
-                from = %stay.address,
-                to = %place.address,
-                "waiting sequence moves"
-            );
-            self.moves += 1;
-            self.detach();
-            self.try_again();
-        }
-    }
-
-    /// Has its next attempt made.
-    fn try_again(&mut self) {
-        self.attempt += 1;
-        self.dispatch.metrics.resubmissions.inc();
-    }
-
-    fn place(&self) -> Option<Place> {
-        let resumed = !self.output.is_empty();
-        self.dispatch.cluster.place(&Wanted {
-            model: &self.job.model.name,
-            prompt: &self.job.prompt,
-            resumed: self.output.len(),
-            output: (self.work.output - self.output.len() as f64).max(1.0),
-            namespace: &self.job.namespace,
-            session_id: &self.job.session_id,
-            numerics_id: if resumed { &self.numerics_id } else { &[] },
-            avoid: &self.avoid,
-            at: self
-                .at
-                .as_ref()
-                .map(|stay| (&stay.connected, stay.uncached)),
-        })
-    }
-
-    /// A sequence that never ran is sent back rather than kept waiting.
-    fn must_fit_elsewhere(&self) -> Result<(), RequestError> {
-        match self.place() {
-            Some(_) if self.dispatch.may_retry() => Ok(()),
-            _ => Err(RequestError::Overloaded {
-                retry_after: self.dispatch.retry_after(),
-            }),
-        }
-    }
-
-    /// Finds a worker and submits the sequence, waiting for one within the resume window.
-    async fn attach(&mut self) -> Result<(), RequestError> {
-        let deadline = self.job.arrival.deadline;
-        let since = *self.homeless.get_or_insert_with(Instant::now);
-        let give_up = deadline.min(since + self.dispatch.resume_window);
-        loop {
-            self.changes.mark_unchanged();
-            if let Some(place) = self.place() {
-                let submit = self.submission(&place);
-                let permit = self.permit.take();
-                let session = &place.connected.session;
-                let submitted = session.submit(submit, place.uncached, permit);
-                match timeout_at(deadline, submitted).await {
-                    Ok(Ok(attachment)) => {
-                        self.settle(place, attachment);
-                        return Ok(());
-                    }
-                    Ok(Err(Closed(permit))) => self.permit = permit,
-                    Err(_) => return Err(RequestError::Deadline),
-                }
-            }
-            self.avoid.clear();
-            let change = async {
-                tokio::select! {
-                    _ = self.changes.changed() => {}
-                    () = sleep(RETRY_PAUSE) => {}
-                }
-            };
-            if timeout_at(give_up, change).await.is_err() {
-                return Err(if give_up == deadline {
-                    RequestError::Deadline
-                } else {
-                    RequestError::NoWorker
-                });
-            }
-        }
-    }
-
-    fn settle(&mut self, place: Place, attachment: Attachment) {
-        let model = &place.connected.model;
-        self.numerics_id.clone_from(&model.description.numerics_id);
-        let metrics = &self.dispatch.metrics;
-        metrics.placed_tokens.inc_by(place.cached + place.uncached);
-        metrics.placed_cached_tokens.inc_by(place.cached);
-        self.at = Some(Stay {
-            attachment,
-            address: place.address,
-            connected: place.connected,
-            pass: place.pass,
-            proven: false,
-            uncached: place.uncached,
-            _coming: place.coming,
-        });
-    }
-
-    fn submission(&self, place: &Place) -> Submit {
-        let (job, description) = (&self.job, &place.connected.model.description);
-        let left = job
-            .arrival
-            .deadline
-            .saturating_duration_since(Instant::now());
-        let mut scoring = job.scoring;
-        if self.prompt_scored {
-            scoring.prompt_top = None;
-        }
-        Submit {
-            sequence: self.sequence,
-            attempt: self.attempt,
-            epoch: description.epoch,
-            prompt: job.prompt.clone(),
-            resume: self.output.clone(),
-            sampling: Some(job.sampling.clone()),
-            stopping: Some(job.stopping.clone()),
-            scoring: Some(scoring),
-            seed: job.seed,
-            choice: self.choice,
-            cache_namespace: job.namespace.as_bytes().to_vec(),
-            priority: job.priority,
-            deadline_in_ms: u32::try_from(left.as_millis()).unwrap_or(u32::MAX).max(1),
-            numerics_id: description.numerics_id.clone(),
-            traceparent: telemetry::traceparent(&self.span).unwrap_or_default(),
-            request_id: job.arrival.request_id.to_string(),
-            draft_rows: match job.speculation {
-                Speculation::Auto => None,
-                Speculation::Off => Some(0),
-                Speculation::Fixed(rows) => Some(rows),
-            },
-            draft_user: scope(job.scopes.user),
-            draft_tenant: scope(Some(job.scopes.tenant)),
-            draft_public: scope(Some(job.scopes.tenant.public())),
-            lead: None,
-        }
-    }
-}
-
-/// A draft scope as it goes over the wire.
-fn scope(scope: Option<DraftScope>) -> Vec<u8> {
-    scope.map_or_else(Vec::new, |scope| scope.as_bytes().to_vec())
 }

@@ -11,6 +11,7 @@ mod breaker;
 mod cluster;
 mod config;
 mod corpus;
+mod dispatch;
 mod drain;
 mod error;
 mod generation;

@@ -92,9 +92,7 @@ impl Cluster {
             }
             let mut candidate = r.connected.candidate(cached as f64);
             if let Some((_, own)) = wanted.at.filter(|(at, _)| Arc::ptr_eq(at, &r.connected)) {
-                candidate.placed.sequences = candidate.placed.sequences.saturating_sub(1);
-                candidate.placed.unstarted_tokens =
-                    candidate.placed.unstarted_tokens.saturating_sub(own);
+                candidate.placed = candidate.placed.without(own);
             }
             candidates.push(candidate);
         }

@@ -5,167 +5,38 @@
 //! merged into one output, which the sequence's `max_tokens` bounds. Dropping an
 //! [`Attachment`] cancels its sequence at the worker.
 
+mod slot;
+mod table;
+
 use std::{
-    collections::HashMap,
     future::poll_fn,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use futures::Stream;
 use shoal_core::TokenId;
 use shoal_proto::worker::{
-    Cancel, Draft, Finish, Follow, Ping, RejectReason, Rejected, RouterFrame, SequenceOutput,
-    StepOutput, Submit, router_frame::Frame,
+    Cancel, Draft, Finish, Follow, Ping, Rejected, RouterFrame, StepOutput, Submit,
+    router_frame::Frame,
 };
 use tokio::{
     sync::{Notify, mpsc},
     time::MissedTickBehavior,
 };
 
+pub(crate) use self::{slot::Event, table::Placed};
+use self::{
+    slot::Slot,
+    table::{Entry, Table},
+};
 use crate::admission::Permit;
 
 /// Submissions that wait for the worker's flow control.
 const OUTBOUND: usize = 64;
 
-/// What a worker says about a sequence.
-#[derive(Debug)]
-pub(crate) enum Event {
-    /// Everything since the last event.
-    Output(SequenceOutput),
-    /// The worker does not take it.
-    Rejected(RejectReason, String),
-    /// The session ended first.
-    Lost,
-}
-
-/// Where the output of one attempt waits for its client.
-#[derive(Debug)]
-struct Slot {
-    attempt: u32,
-    state: Mutex<SlotState>,
-}
-
-#[derive(Debug)]
-struct SlotState {
-    pending: Option<SequenceOutput>,
-    end: Option<Event>,
-    /// Most tokens the worker may still send.
-    room: usize,
-    /// Held until the worker is done with the sequence, however slow its client is.
-    permit: Option<Permit>,
-    /// Of the one task that waits.
-    waker: Option<Waker>,
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Slot {
-    /// Merges an output into what waits. False: it is more than was asked for.
-    fn push(&self, output: SequenceOutput) -> bool {
-        let mut state = lock(&self.state);
-        let Some(room) = state.room.checked_sub(output.tokens.len()) else {
-            return false;
-        };
-        state.room = room;
-        if output.finish != Finish::Unspecified as i32 && output.finish != Finish::Preempted as i32
-        {
-            state.permit = None;
-        }
-        match &mut state.pending {
-            None => state.pending = Some(output),
-            Some(pending) => pending.merge(output),
-        }
-        wake(state);
-        true
-    }
-
-    fn end(&self, event: Event) {
-        let mut state = lock(&self.state);
-        state.end = Some(event);
-        wake(state);
-    }
-
-    fn poll_next(&self, cx: &Context<'_>) -> Poll<Event> {
-        let mut state = lock(&self.state);
-        if let Some(output) = state.pending.take() {
-            return Poll::Ready(Event::Output(output));
-        }
-        if let Some(event) = state.end.take() {
-            return Poll::Ready(event);
-        }
-        match &mut state.waker {
-            Some(waker) => waker.clone_from(cx.waker()),
-            none => *none = Some(cx.waker().clone()),
-        }
-        Poll::Pending
-    }
-}
-
-fn wake(mut state: MutexGuard<'_, SlotState>) {
-    let waker = state.waker.take();
-    drop(state);
-    if let Some(waker) = waker {
-        waker.wake();
-    }
-}
-
-/// An entry of the session's table.
-#[derive(Debug)]
-struct Entry {
-    slot: Arc<Slot>,
-    /// Tokens to prefill, until the first output shows that they are computed.
-    unstarted: u64,
-    /// The worker is told to end it.
-    cancelled: bool,
-    /// The worker is told of it.
-    sent: bool,
-    /// Not yet sent: the newest guesses at its tokens.
-    draft: Option<Draft>,
-    /// Not yet sent: what the sequence has that it runs ahead of.
-    follow: Option<Follow>,
-}
-
-impl Entry {
-    /// Whether there is something to be sent about it.
-    fn is_noted(&self) -> bool {
-        self.draft.is_some() || self.follow.is_some()
-    }
-}
-
-#[derive(Debug, Default)]
-struct Table {
-    entries: HashMap<u64, Entry>,
-    /// Sum of the entries' `unstarted`.
-    unstarted: u64,
-    /// Not yet sent; at most one per attempt.
-    cancels: Vec<Cancel>,
-    /// Sequences that the worker has, with something to be sent about them. One may be gone.
-    noted: Vec<u64>,
-    closed: bool,
-}
-
-impl Table {
-    fn remove(&mut self, sequence: u64, attempt: u32) -> Option<Entry> {
-        if self.entries.get(&sequence)?.slot.attempt != attempt {
-            return None;
-        }
-        let entry = self.entries.remove(&sequence)?;
-        self.unstarted -= entry.unstarted;
-        Some(entry)
-    }
-}
-
-/// What this router has placed on a worker.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Placed {
-    /// Sequences without their end.
-    pub(crate) sequences: u32,
-    /// Tokens to prefill of those without an output.
-    pub(crate) unstarted_tokens: u64,
 }
 
 /// One open stream to a worker.
@@ -232,32 +103,16 @@ impl Session {
             // It makes tokens anew as often as it was wrong.
             Some(_) => usize::MAX,
         };
-        let slot = Arc::new(Slot {
-            attempt,
-            state: Mutex::new(SlotState {
-                pending: None,
-                end: None,
-                room,
-                permit,
-                waker: None,
-            }),
-        });
-        {
-            let mut table = lock(&self.table);
-            if table.closed {
-                return Err(Closed(lock(&slot.state).permit.take()));
-            }
-            table.unstarted += uncached;
-            let entry = Entry {
-                slot: slot.clone(),
-                unstarted: uncached,
-                cancelled: false,
-                sent: false,
-                draft: None,
-                follow: None,
-            };
-            table.entries.insert(sequence, entry);
+        let mut table = lock(&self.table);
+        if table.closed {
+            return Err(Closed(permit));
         }
+        let slot = Arc::new(Slot::new(attempt, room, permit));
+        table.unstarted += uncached;
+        table
+            .entries
+            .insert(sequence, Entry::new(slot.clone(), uncached));
+        drop(table);
         Ok(Attachment {
             session: self.clone(),
             sequence,
@@ -268,15 +123,14 @@ impl Session {
     /// Changes what is to be sent about a sequence, if it is still here.
     fn note(&self, sequence: u64, attempt: u32, note: impl FnOnce(&mut Entry)) {
         let mut table = lock(&self.table);
-        let Table { entries, noted, .. } = &mut *table;
-        let entry = entries.get_mut(&sequence);
-        let Some(entry) = entry.filter(|entry| entry.slot.attempt == attempt) else {
+        let Some(entry) = table.attempt(sequence, attempt) else {
             return;
         };
-        if entry.sent && !entry.is_noted() {
-            noted.push(sequence);
-        }
+        let first = entry.sent && !entry.is_noted();
         note(entry);
+        if first {
+            table.noted.push(sequence);
+        }
         drop(table);
         self.wake.notify_one();
     }
@@ -309,19 +163,19 @@ impl Session {
         let mut table = lock(&self.table);
         let table = &mut *table;
         for output in step.sequences {
-            let Some(entry) = table.entries.get_mut(&output.sequence) else {
+            let (sequence, attempt) = (output.sequence, output.attempt);
+            let Some(entry) = table.attempt(sequence, attempt) else {
                 continue;
             };
-            if entry.slot.attempt != output.attempt {
-                continue;
-            }
-            table.unstarted -= std::mem::take(&mut entry.unstarted);
-            let (sequence, attempt) = (output.sequence, output.attempt);
+            let started = std::mem::take(&mut entry.unstarted);
             let last = output.finish != Finish::Unspecified as i32;
             let sound = entry.slot.push(output);
             if !sound {
-                tracing::warn!(sequence, "the worker sent more than max_tokens");
                 entry.slot.end(Event::Lost);
+            }
+            table.unstarted -= started;
+            if !sound {
+                tracing::warn!(sequence, "the worker sent more than max_tokens");
                 table.cancels.push(Cancel { sequence, attempt });
                 self.wake.notify_one();
             }
@@ -387,14 +241,12 @@ impl Session {
     /// Whether a sequence is still here; it is sent then.
     fn sends(&self, sequence: u64, attempt: u32) -> bool {
         let mut table = lock(&self.table);
-        let Table { entries, noted, .. } = &mut *table;
-        let entry = entries.get_mut(&sequence);
-        let Some(entry) = entry.filter(|entry| entry.slot.attempt == attempt) else {
+        let Some(entry) = table.attempt(sequence, attempt) else {
             return false;
         };
         entry.sent = true;
         if entry.is_noted() {
-            noted.push(sequence);
+            table.noted.push(sequence);
         }
         true
     }
@@ -402,8 +254,7 @@ impl Session {
     /// Has the worker end a sequence that is still listened to.
     fn cancel(&self, sequence: u64, attempt: u32) {
         let mut table = lock(&self.table);
-        let entry = table.entries.get_mut(&sequence);
-        let entry = entry.filter(|entry| entry.slot.attempt == attempt);
+        let entry = table.attempt(sequence, attempt);
         if entry.is_some_and(|entry| !std::mem::replace(&mut entry.cancelled, true)) {
             table.cancels.push(Cancel { sequence, attempt });
             drop(table);
@@ -502,7 +353,7 @@ impl Attachment {
 
     /// The permit, for the next attempt, where the worker is not done.
     pub(crate) fn take_permit(&self) -> Option<Permit> {
-        lock(&self.slot.state).permit.take()
+        self.slot.take_permit()
     }
 }
 

@@ -1,7 +1,7 @@
 //! One session, its worker played by the test.
 
 use futures::{FutureExt, StreamExt, stream::BoxStream};
-use shoal_proto::worker::{SequenceUsage, Stopping};
+use shoal_proto::worker::{RejectReason, SequenceOutput, SequenceUsage, Stopping};
 
 use super::*;
 use crate::{
