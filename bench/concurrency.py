@@ -26,14 +26,14 @@ ARMS = ["off", 2, 4, 8, "auto"]
 STREAMS = [1, 2, 4, 8, 16, 32]
 
 
-def answers(streams):
+def each(streams):
     """Of a stream, in a run: so many that its end, where fewer and fewer streams are left, counts little."""
     return min(12, max(4, 64 // streams))
 
 
 def run(server, streams, arm):
     """The texts, and all their tokens by the time from the first request to the last answer."""
-    questions = itertools.islice(itertools.cycle([(k, i) for i in range(4) for k in KINDS]), answers(streams) * streams)
+    questions = itertools.islice(itertools.cycle([(k, i) for i in range(4) for k in KINDS]), each(streams) * streams)
     # A question is asked once with each order number, so that streams do not repeat each other.
     asks = [prompts(kind, i, n // 16) for n, (kind, i) in enumerate(questions)]
     start = time.perf_counter()

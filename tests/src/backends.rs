@@ -84,13 +84,14 @@ pub fn cpu_with(gguf: &Gguf, options: CpuOptions) -> CpuBackend {
     CpuBackend::load(gguf, spec, options).expect("the model loads")
 }
 
-/// The options of the backends here: prompts, keys and values in bf16 on every machine.
+/// The options of the backends here: prompts in bf16 on every machine, keys and values as they are
+/// by default.
 pub fn options(isa: Isa, threads: usize) -> CpuOptions {
     CpuOptions {
         isa,
         prompts: PromptPrecision::Bf16,
         threads,
-        kv: KvType::Bf16,
+        kv: KvType::default(),
         pages: PAGES,
         max_rows: ROWS,
         max_logit_rows: ROWS,

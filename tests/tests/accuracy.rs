@@ -1,12 +1,14 @@
-//! The CPU backend against the oracle, and its int8 keys and values against its bf16 ones, on a
+//! The CPU backend against the oracle, and its types of keys and values against one another, on a
 //! text.
 
 use shoal_core::{Role, TokenId};
 use shoal_engine::candle::CandleWeights;
+use shoal_engine::cpu::CpuOptions;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
+use shoal_kernels::kv::KvType;
 use shoal_tests::accuracy::{Bounds, Comparison};
-use shoal_tests::backends::{candle, cpu, cpu_int8, demo_gguf};
+use shoal_tests::backends::{candle, cpu, cpu_with, demo_gguf, options};
 use shoal_tests::model::data;
 use shoal_text::{EncodeOptions, Tokenizer, bundle_from_gguf};
 
@@ -47,14 +49,25 @@ fn cpu_stays_near_float32() {
 }
 
 #[test]
-fn int8_keys_and_values_stay_near_bf16() {
+fn keys_and_values_stay_near_bf16() {
     let gguf = demo_gguf();
-    let mut bf16 = cpu(&gguf);
-    let mut int8 = cpu_int8(&gguf, Isa::detect(), 2);
-    let comparison = Comparison::run(&mut bf16, &mut int8, &text(&gguf), Role::Prompt).unwrap();
-    comparison.assert_within(&Bounds {
-        mean_kl: 0.002,
-        top1: 0.97,
-        perplexity: 0.01,
-    });
+    let as_kept = |kv| {
+        let plain = options(Isa::detect(), 2);
+        cpu_with(&gguf, CpuOptions { kv, ..plain })
+    };
+    let mut bf16 = as_kept(KvType::Bf16);
+    for (kv, mean_kl, top1, perplexity) in [
+        // bf16's own distance from float32, and no more.
+        (KvType::Int16, 0.0003, 0.98, 0.002),
+        (KvType::Int8, 0.002, 0.97, 0.01),
+    ] {
+        let role = Role::Prompt;
+        let comparison = Comparison::run(&mut bf16, &mut as_kept(kv), &text(&gguf), role).unwrap();
+        println!("{kv:?}");
+        comparison.assert_within(&Bounds {
+            mean_kl,
+            top1,
+            perplexity,
+        });
+    }
 }

@@ -245,7 +245,7 @@ fn load(model: &TestModel) -> Result<CpuBackend, BackendError> {
         isa: Isa::detect(),
         prompts: PromptPrecision::Bf16,
         threads: 1,
-        kv: KvType::Bf16,
+        kv: KvType::default(),
         pages: 1,
         max_rows: 1,
         max_logit_rows: 1,

@@ -43,7 +43,7 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             ranks: 1,
-            kv: KvType::Bf16,
+            kv: KvType::default(),
             pages: 256,
             step_rows: 256,
             prefill_chunk: 256,
@@ -283,7 +283,8 @@ fn requests() -> impl Iterator<Item = Request> {
 
 /// Every request alone, in one chunk, with nothing cached, on one rank or two.
 fn alone(ranks: usize, kv: KvType) -> &'static [Answer] {
-    static ALONE: [[OnceLock<Vec<Answer>>; 2]; 2] = [const { [const { OnceLock::new() }; 2] }; 2];
+    static ALONE: [[OnceLock<Vec<Answer>>; 2]; KvType::ALL.len()] =
+        [const { [const { OnceLock::new() }; 2] }; KvType::ALL.len()];
     ALONE[kv as usize][ranks - 1].get_or_init(|| {
         let mut running = Running::start(&Setup {
             ranks,
@@ -356,7 +357,7 @@ fn after_losing_its_pages() {
 fn resumed_elsewhere() {
     let mut running = Running::start(&Setup::default());
     for id in 0..10 {
-        let whole = &alone(1, KvType::Bf16)[id as usize];
+        let whole = &alone(1, KvType::default())[id as usize];
         for done in [0, 1, 5, whole.tokens.len() - 1, whole.tokens.len()] {
             let mut rest = request(id);
             rest.resume = whole.tokens[..done].to_vec();

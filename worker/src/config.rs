@@ -109,7 +109,7 @@ pub fn parse_prompts(name: &str) -> Result<PromptPrecision, ConfigError> {
         .ok_or_else(|| ConfigError::Prompts { given: name.into() })
 }
 
-/// What keys and values are kept as by its name: `bf16` or `int8`.
+/// What keys and values are kept as by its name: `bf16`, `int16` or `int8`.
 ///
 /// # Errors
 /// When the name is another.
@@ -160,8 +160,8 @@ pub struct WorkerConfig {
     pub tensor_parallel: Option<GroupConfig>,
     /// Threads that compute, of each rank; absent is an equal share of the CPUs.
     pub threads: Option<NonZeroUsize>,
-    /// What keys and values are kept as.
-    pub kv_type: KvType,
+    /// What the `cpu` backend keeps keys and values as; absent is what is best.
+    pub kv_type: Option<KvType>,
     /// Bytes of the KV pool; absent is a quarter of the memory that is available, between
     /// one full context and 1 GiB.
     pub kv_bytes: Option<u64>,
@@ -197,7 +197,7 @@ impl WorkerConfig {
             prompts: None,
             tensor_parallel: None,
             threads: None,
-            kv_type: KvType::default(),
+            kv_type: None,
             kv_bytes: None,
             context: None,
             engine: EngineConfig::default(),
@@ -234,8 +234,8 @@ impl WorkerConfig {
                 return Err(ConfigError::GroupBackend);
             }
         }
-        if self.kv_type != KvType::Bf16 && self.backend != BackendKind::Cpu {
-            return Err(ConfigError::KvBackend { kv: self.kv_type });
+        if let Some(kv) = self.kv_type.filter(|_| self.backend != BackendKind::Cpu) {
+            return Err(ConfigError::KvBackend { kv });
         }
         if let Some(isa) = self.isa.filter(|isa| !isa.is_available()) {
             return Err(ConfigError::IsaMissing { isa });
@@ -259,6 +259,11 @@ impl WorkerConfig {
     pub(crate) fn machines(&self) -> usize {
         let ranks = self.tensor_parallel.as_ref().map_or(1, |group| group.ranks);
         ranks / self.ranks_here()
+    }
+
+    /// What the `cpu` backend keeps keys and values as.
+    pub(crate) fn kv(&self) -> KvType {
+        self.kv_type.unwrap_or_default()
     }
 
     /// The instruction set of the `cpu` backend, and how it computes prompts.
@@ -443,9 +448,9 @@ mod tests {
     }
 
     #[test]
-    fn int8_keys_and_values_need_the_backend_that_has_them() {
+    fn types_of_keys_and_values_need_the_backend_that_has_them() {
         let mut config = config();
-        config.kv_type = KvType::Int8;
+        config.kv_type = Some(KvType::Int8);
         assert_eq!(config.validate(), Ok(()));
         config.backend = BackendKind::Candle;
         let kv = KvType::Int8;

@@ -97,7 +97,7 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
                 isa,
                 prompts,
                 threads: config.rank_threads(),
-                kv: config.kv_type,
+                kv: config.kv(),
                 pages,
                 max_rows,
                 max_logit_rows,
@@ -113,7 +113,7 @@ pub(crate) fn within(available: Option<u64>, config: &WorkerConfig) -> Result<Lo
                 isa: isa_name(isa).to_owned(),
                 prompts: prompts.name().to_owned(),
                 threads: config.rank_threads(),
-                kv: config.kv_type.name().to_owned(),
+                kv: config.kv().name().to_owned(),
                 payload: settings.payload().name().to_owned(),
                 pages,
                 max_rows,
@@ -189,7 +189,7 @@ fn pages(
     weights: u64,
     available: Option<u64>,
 ) -> Result<u32, LoadError> {
-    let page = CpuBackend::page_bytes(spec, config.kv_type) as u64;
+    let page = CpuBackend::page_bytes(spec, config.kv()) as u64;
     let context = spec.context.div_ceil(PAGE_TOKENS) as u64 * page;
     let available = available.unwrap_or(u64::MAX);
     let kv = config

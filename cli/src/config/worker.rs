@@ -97,8 +97,8 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_WORKER_THREADS", value_name = "N")]
     pub(crate) threads: Option<NonZeroUsize>,
 
-    /// What keys and values are kept as: bf16, or int8, which takes half the memory
-    /// [default: bf16]
+    /// What the cpu backend keeps keys and values as: int16, bf16, or int8, which takes half the
+    /// memory [default: int16]
     #[arg(long, env = "SHOAL_WORKER_KV_TYPE", value_name = "TYPE")]
     pub(crate) kv_type: Option<String>,
 
@@ -232,10 +232,7 @@ impl WorkerSettings {
                 .transpose()?,
             tensor_parallel,
             threads: self.threads,
-            kv_type: match self.kv_type {
-                Some(name) => parse_kv_type(&name)?,
-                None => default.kv_type,
-            },
+            kv_type: self.kv_type.as_deref().map(parse_kv_type).transpose()?,
             kv_bytes: self.kv_size.map(|size| size.0),
             context: self.context,
             engine,

@@ -61,8 +61,6 @@ pub(crate) trait Pairs<L: Lanes> {
     unsafe fn put(lanes: L, p: *mut Self::By);
     /// Sixteen words.
     unsafe fn load(p: *const u32) -> Self::Words;
-    /// Sixteen pairs of int8, which brain floats hold exactly: the lows, then the highs.
-    unsafe fn widen(p: *const i8) -> Self::Words;
     /// `sum + high(words) * high(by) + low(words) * low(by)`, rounded after each addition.
     unsafe fn dot(sum: L, words: Self::Words, by: *const Self::By) -> L;
     /// Stores sixteen pairs, each lane rounded to nearest even; all lanes are zero or normal.
@@ -113,11 +111,6 @@ impl<L: Lanes> Pairs<L> for Fused {
         unsafe { L::bf16_pairs(p) }
     }
     #[inline(always)]
-    unsafe fn widen(p: *const i8) -> Self::Words {
-        // SAFETY: the caller's contract.
-        unsafe { (L::load_i8(p), L::load_i8(p.add(LANES))) }
-    }
-    #[inline(always)]
     unsafe fn dot(sum: L, (low, high): Self::Words, by: *const Self::By) -> L {
         // SAFETY: the caller's contract. The products are exact, so fusing rounds nothing away.
         unsafe {
@@ -137,7 +130,7 @@ mod native {
     use std::arch::x86_64::*;
 
     use super::{Native, Pairs};
-    use crate::simd::{Avx512, LANES, Lanes};
+    use crate::simd::{Avx512, Lanes};
 
     // SAFETY of every block below: the caller runs with AVX-512 BF16, and its pointers are valid.
     impl Pairs<Avx512> for Native {
@@ -155,15 +148,6 @@ mod native {
         #[inline(always)]
         unsafe fn load(p: *const u32) -> __m512i {
             unsafe { _mm512_loadu_si512(p.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn widen(p: *const i8) -> __m512i {
-            unsafe {
-                let (low, high) = (Avx512::load_i8(p), Avx512::load_i8(p.add(LANES)));
-                let [low, high] = [low, high].map(|x| _mm512_castps_si512(x.0));
-                // The lower halves of such floats are zeros.
-                _mm512_or_si512(high, _mm512_srli_epi32::<16>(low))
-            }
         }
         #[inline(always)]
         unsafe fn dot(sum: Avx512, words: __m512i, by: *const u32) -> Avx512 {

@@ -1,5 +1,5 @@
-//! The CPU kernels: packed weights, quantised activations and their product, attention over paged keys and values, norms, rotations, and the threads
-//! to run them on. No model.
+//! The CPU kernels: packed weights, quantised activations and their product, attention over paged
+//! keys and values, norms, rotations, and the threads to run them on. No model.
 //!
 //! One law holds in every module: a row's result has the same bits for every instruction
 //! set, every batch size and every split of the work over threads.
@@ -21,6 +21,7 @@ pub mod rope;
 pub mod team;
 
 mod bf16;
+mod int16;
 mod math;
 mod simd;
 #[cfg(test)]

@@ -77,21 +77,6 @@ pub(crate) trait Lanes: Copy {
     unsafe fn first(self, n: usize) -> Self;
     /// Sixteen pairs of bf16, each pair one little-endian u32: the lows and the highs.
     unsafe fn bf16_pairs(p: *const u32) -> (Self, Self);
-    /// Sixteen int8.
-    #[inline(always)]
-    unsafe fn load_i8(p: *const i8) -> Self {
-        // SAFETY: the caller vouches for sixteen elements.
-        unsafe {
-            let mut lanes = [0.0; LANES];
-            for (lane, x) in lanes
-                .iter_mut()
-                .zip(p.cast::<[i8; LANES]>().read_unaligned())
-            {
-                *lane = f32::from(x);
-            }
-            Self::load(lanes.as_ptr())
-        }
-    }
     /// The sum of the lanes: lane i and i+8, then i+4, i+2, i+1.
     unsafe fn sum(self) -> f32;
     /// The greatest lane.

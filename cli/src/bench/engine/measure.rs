@@ -42,6 +42,7 @@ pub(crate) fn run(args: &EngineArgs, path: &Path) -> Result<Report, EngineBenchE
     let gguf = Gguf::open(path)?;
     let spec = ModelSpec::from_gguf(&gguf)?;
     let chunk = EngineConfig::default().prefill_chunk;
+    let kv = args.kv_type.unwrap_or_default();
     let mut cases = all(spec.context, chunk);
     cases.retain(|case| case.name.contains(&args.only));
     let layouts: Vec<Vec<Layout>> = cases
@@ -59,7 +60,7 @@ pub(crate) fn run(args: &EngineArgs, path: &Path) -> Result<Report, EngineBenchE
         isa,
         prompts: args.prompt_precision.unwrap_or(PromptPrecision::best(isa)),
         threads,
-        kv: args.kv_type,
+        kv,
         pages,
         max_rows: steps().map(Layout::rows).max().unwrap_or(1).max(LOGIT_ROWS),
         max_logit_rows: LOGIT_ROWS,
@@ -68,7 +69,7 @@ pub(crate) fn run(args: &EngineArgs, path: &Path) -> Result<Report, EngineBenchE
     let backend = CpuBackend::load(&gguf, spec, options)?;
     let load = started.elapsed();
     let limits = limits(threads, isa)?;
-    let mut bench = Bench::new(backend, args.kv_type);
+    let mut bench = Bench::new(backend, kv);
     bench.touch()?;
     let mut measured = Vec::new();
     for (case, layouts) in cases.iter().zip(&layouts) {
@@ -203,11 +204,13 @@ impl Bench {
         if phase == Phase::Attention {
             let token = CpuBackend::page_bytes(spec, self.kv) / PAGE_TOKENS;
             let attended: usize = groups().map(Group::attended).sum();
+            // An instruction for pairs of int16 does two of these.
+            let at_once = if self.kv == KvType::Int16 { 2 } else { 1 };
             return Work {
                 bytes: groups().map(Group::tokens).sum::<usize>() * token,
                 dots: 0,
                 // A query head reads a token's key and its value.
-                fmas: 4 * attended * spec.n_layer * spec.n_head * spec.head_dim,
+                fmas: 4 * attended * spec.n_layer * spec.n_head * spec.head_dim / at_once,
             };
         }
         let rows: usize = layouts.iter().map(Layout::rows).sum();

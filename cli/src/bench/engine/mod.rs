@@ -41,9 +41,9 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "int8|bf16|bf16-tiles", value_parser = parse_prompts)]
     prompt_precision: Option<PromptPrecision>,
 
-    /// What keys and values are kept as: bf16 or int8
-    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = parse_kv_type)]
-    kv_type: KvType,
+    /// What keys and values are kept as: int16, bf16 or int8 [default: int16]
+    #[arg(long, value_name = "TYPE", value_parser = parse_kv_type)]
+    kv_type: Option<KvType>,
 
     /// Only the cases whose name contains this
     #[arg(long, value_name = "TEXT", default_value = "")]

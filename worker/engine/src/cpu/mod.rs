@@ -32,7 +32,7 @@ pub use shard::{Estimate, Shard, ShardError, ShardPlan};
 use weights::{Layer, Linear, Weights};
 
 /// Raised whenever a change of the kernels changes a bit of a result.
-const NUMERICS_VERSION: u32 = 3;
+const NUMERICS_VERSION: u32 = 4;
 
 /// How the activations of a prompt are kept where the weights are quantised, from the norm
 /// before the first layer to the logits of its last token. Those of an output are int8.
@@ -213,7 +213,7 @@ impl CpuBackend {
         };
         let scratch = Scratch {
             residual: vec![0.0; rows * spec.d_model],
-            queries: vec![0; rows * q_width / 2],
+            queries: vec![0; rows * heads.query_words()],
             rope: vec![0.0; rows * 2 * spec.rope.inv_freq.len()],
             attn_in: inputs(spec.d_model, &mut weights.each(|layer| &layer.qkv)),
             attn_out: inputs(q_width, &mut weights.each(|layer| &layer.attn_output)),

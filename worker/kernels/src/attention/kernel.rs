@@ -5,12 +5,13 @@
 
 use std::ops::Range;
 
+use super::kept::{Bf16, Int8, Int16, Kept, VECTORS};
 use super::merge::{Softmax, add, divide};
-use super::store::{Bf16, Int8, Stored};
 use super::{
     KvType, MAX_QUERIES, PAGE, Pages, Place, Query, SPAN, Scratch, longest, partial_width,
 };
 use crate::bf16::{Fused, Pairs};
+use crate::int16;
 use crate::math::exp2;
 use crate::simd::{LANES, Lanes};
 
@@ -22,7 +23,7 @@ const TILES: usize = PAGE / LANES;
 /// # Safety
 /// See [`Lanes`]; shapes as [`attend`] checks them.
 #[inline(always)]
-pub(super) unsafe fn whole<L: Lanes, P: Pairs<L>>(
+pub(super) unsafe fn whole<L: int16::Int16, P: Pairs<L>>(
     queries: &[Query<'_>],
     pages: Pages<'_>,
     scratch: &mut Scratch,
@@ -34,7 +35,7 @@ pub(super) unsafe fn whole<L: Lanes, P: Pairs<L>>(
         out[query.out..query.out + hd].fill(0.0);
     }
     // SAFETY: the contract of this function.
-    unsafe { spread::<L, P>(queries, scratch) };
+    unsafe { spread::<L, P>(queries, pages.kv, scratch) };
     for index in 0..longest(queries).div_ceil(SPAN) {
         // SAFETY: the contract of this function.
         unsafe {
@@ -57,7 +58,7 @@ pub(super) unsafe fn whole<L: Lanes, P: Pairs<L>>(
 /// # Safety
 /// See [`Lanes`]; shapes as [`attend_spans`] checks them.
 #[inline(always)]
-pub(super) unsafe fn some<L: Lanes, P: Pairs<L>>(
+pub(super) unsafe fn some<L: int16::Int16, P: Pairs<L>>(
     queries: &[Query<'_>],
     pages: Pages<'_>,
     spans: Range<usize>,
@@ -67,7 +68,7 @@ pub(super) unsafe fn some<L: Lanes, P: Pairs<L>>(
     let hd = queries[0].head_dim();
     let mut partials = partials.chunks_exact_mut(partial_width(hd));
     // SAFETY: the contract of this function.
-    unsafe { spread::<L, P>(queries, scratch) };
+    unsafe { spread::<L, P>(queries, pages.kv, scratch) };
     for index in spans {
         // SAFETY: the contract of this function.
         let Softmax { max, sum } = unsafe { any_span::<L, P>(queries, pages, index, scratch) };
@@ -91,12 +92,17 @@ fn few(queries: &[Query<'_>]) -> bool {
 /// # Safety
 /// As [`span`].
 #[inline(always)]
-unsafe fn spread<L: Lanes, P: Pairs<L>>(queries: &[Query<'_>], scratch: &mut Scratch) {
+unsafe fn spread<L: int16::Int16, P: Pairs<L>>(
+    queries: &[Query<'_>],
+    kv: KvType,
+    scratch: &mut Scratch,
+) {
     // SAFETY: the contract of this function.
     unsafe {
-        match few(queries) {
-            true => spread_to::<L, Fused>(queries, scratch),
-            false => spread_to::<L, P>(queries, scratch),
+        match (kv, few(queries)) {
+            (KvType::Bf16, false) => spread_to::<L, Bf16<P>>(queries, scratch),
+            (KvType::Bf16, true) => spread_to::<L, Bf16<Fused>>(queries, scratch),
+            (KvType::Int16 | KvType::Int8, _) => spread_to::<L, Int16>(queries, scratch),
         }
     }
 }
@@ -104,23 +110,23 @@ unsafe fn spread<L: Lanes, P: Pairs<L>>(queries: &[Query<'_>], scratch: &mut Scr
 /// # Safety
 /// As [`span`].
 #[inline(always)]
-unsafe fn spread_to<L: Lanes, P: Pairs<L>>(queries: &[Query<'_>], scratch: &mut Scratch) {
+unsafe fn spread_to<L: Lanes, K: Kept<L>>(queries: &[Query<'_>], scratch: &mut Scratch) {
     let width = queries[0].q.len();
     for (i, query) in queries.iter().enumerate() {
-        let pairs = row(&mut scratch.queries, i, width).cast::<P::By>();
+        let pairs = row(&mut scratch.queries, i, width).cast::<K::By>();
         for (j, &word) in query.q.iter().enumerate() {
             // SAFETY: there is room for the pairs of every query.
-            unsafe { pairs.add(j).write(P::by(word)) };
+            unsafe { pairs.add(j).write(K::by(word)) };
         }
     }
 }
 
-/// [`span`] with the pairs that suit the number of queries; both give the same bits.
+/// [`span`] with the pairs that suit what is kept and the number of queries; that changes no bit.
 ///
 /// # Safety
 /// As [`span`].
 #[inline(always)]
-unsafe fn any_span<L: Lanes, P: Pairs<L>>(
+unsafe fn any_span<L: int16::Int16, P: Pairs<L>>(
     queries: &[Query<'_>],
     pages: Pages<'_>,
     index: usize,
@@ -129,10 +135,10 @@ unsafe fn any_span<L: Lanes, P: Pairs<L>>(
     // SAFETY: the contract of this function.
     unsafe {
         match (pages.kv, few(queries)) {
-            (KvType::Bf16, false) => span::<L, P, Bf16>(queries, pages, index, scratch),
-            (KvType::Bf16, true) => span::<L, Fused, Bf16>(queries, pages, index, scratch),
-            (KvType::Int8, false) => span::<L, P, Int8>(queries, pages, index, scratch),
-            (KvType::Int8, true) => span::<L, Fused, Int8>(queries, pages, index, scratch),
+            (KvType::Bf16, false) => span::<L, Bf16<P>>(queries, pages, index, scratch),
+            (KvType::Bf16, true) => span::<L, Bf16<Fused>>(queries, pages, index, scratch),
+            (KvType::Int16, _) => span::<L, Int16>(queries, pages, index, scratch),
+            (KvType::Int8, _) => span::<L, Int8>(queries, pages, index, scratch),
         }
     }
 }
@@ -144,7 +150,7 @@ unsafe fn any_span<L: Lanes, P: Pairs<L>>(
 /// # Safety
 /// See [`Lanes`]; shapes as [`attend`] checks them.
 #[inline(always)]
-unsafe fn span<L: Lanes, P: Pairs<L>, S: Stored>(
+unsafe fn span<L: Lanes, K: Kept<L>>(
     queries: &[Query<'_>],
     pages: Pages<'_>,
     index: usize,
@@ -160,6 +166,8 @@ unsafe fn span<L: Lanes, P: Pairs<L>, S: Stored>(
         *len = query.len.saturating_sub(start).min(SPAN);
     }
     let mut softmax = Softmax::NOTHING;
+    // What the sums of a query's weighted values are to be multiplied with.
+    let mut factors = [0.0; MAX_QUERIES];
     // SAFETY: the contract of this function; rows i..i+r are within `n`.
     unsafe {
         for i in (0..n).step_by(ROWS) {
@@ -169,10 +177,10 @@ unsafe fn span<L: Lanes, P: Pairs<L>, S: Stored>(
                 row(&mut scratch.scores, i, SPAN),
             );
             match n - i {
-                1 => scores::<L, P, S, 1>(q, &pages, lens, hd, s),
-                2 => scores::<L, P, S, 2>(q, &pages, lens, hd, s),
-                3 => scores::<L, P, S, 3>(q, &pages, lens, hd, s),
-                _ => scores::<L, P, S, ROWS>(q, &pages, lens, hd, s),
+                1 => scores::<L, K, 1>(q, &pages, lens, hd, s),
+                2 => scores::<L, K, 2>(q, &pages, lens, hd, s),
+                3 => scores::<L, K, 3>(q, &pages, lens, hd, s),
+                _ => scores::<L, K, ROWS>(q, &pages, lens, hd, s),
             }
         }
         for i in 0..n {
@@ -181,20 +189,21 @@ unsafe fn span<L: Lanes, P: Pairs<L>, S: Stored>(
                 row(&mut scratch.weights, i, SPAN / 2).cast(),
             );
             if lens[i] > 0 {
-                (softmax.max[i], softmax.sum[i]) = weights::<L, P, S>(s, &pages, lens[i], hd, w);
+                (softmax.max[i], softmax.sum[i], factors[i]) =
+                    weights::<L, K>(s, queries[i].scale, &pages, lens[i], hd, w);
             }
         }
         for i in (0..n).step_by(ROWS) {
-            let lens = &lens[i..];
+            let of_rows = (&lens[i..], &factors[i..]);
             let (w, o) = (
                 row(&mut scratch.weights, i, SPAN / 2).cast_const(),
                 row(&mut scratch.span, i, hd),
             );
             match n - i {
-                1 => weighted::<L, P, S, 1>(w, (&pages, &next), lens, hd, o),
-                2 => weighted::<L, P, S, 2>(w, (&pages, &next), lens, hd, o),
-                3 => weighted::<L, P, S, 3>(w, (&pages, &next), lens, hd, o),
-                _ => weighted::<L, P, S, ROWS>(w, (&pages, &next), lens, hd, o),
+                1 => weighted::<L, K, 1>(w, (&pages, &next), of_rows, hd, o),
+                2 => weighted::<L, K, 2>(w, (&pages, &next), of_rows, hd, o),
+                3 => weighted::<L, K, 3>(w, (&pages, &next), of_rows, hd, o),
+                _ => weighted::<L, K, ROWS>(w, (&pages, &next), of_rows, hd, o),
             }
         }
     }
@@ -210,7 +219,7 @@ fn row<T>(matrix: &mut [T], i: usize, width: usize) -> *mut T {
 /// `out[r][t] = q[r] · k[t]` with what is kept of the keys, summed over the pairs of dims in
 /// ascending order, for whole pages.
 #[inline(always)]
-unsafe fn scores<L: Lanes, P: Pairs<L>, S: Stored, const R: usize>(
+unsafe fn scores<L: Lanes, K: Kept<L>, const R: usize>(
     q: *const Place,
     pages: &[*const u32; SPAN / PAGE],
     lens: &[usize],
@@ -218,23 +227,23 @@ unsafe fn scores<L: Lanes, P: Pairs<L>, S: Stored, const R: usize>(
     out: *mut f32,
 ) {
     let len = lens[..R].iter().copied().max().unwrap_or(0);
-    let second = |keys| S::line(keys, hd / 2 * LANES);
+    let second = |keys| K::line(keys, hd / 2 * LANES);
     // SAFETY: `q` has R·hd/2 places, `out` R·SPAN numbers, and the keys are those of pages.
     unsafe {
-        if P::WIDE && len > PAGE {
+        if K::WIDE && len > PAGE {
             let tiles = [pages[0], second(pages[0]), pages[1], second(pages[1])];
-            return tiles_of::<L, P, S, R, { 2 * TILES }>(q, tiles, hd, out);
+            return tiles_of::<L, K, R, { 2 * TILES }>(q, tiles, hd, out);
         }
         for (page, &keys) in pages[..len.div_ceil(PAGE)].iter().enumerate() {
             let tiles = [keys, second(keys)];
-            tiles_of::<L, P, S, R, TILES>(q, tiles, hd, out.add(page * PAGE));
+            tiles_of::<L, K, R, TILES>(q, tiles, hd, out.add(page * PAGE));
         }
     }
 }
 
 /// The products with vectors of tokens. Each line of keys asks for the line of values at its place.
 #[inline(always)]
-unsafe fn tiles_of<L: Lanes, P: Pairs<L>, S: Stored, const R: usize, const T: usize>(
+unsafe fn tiles_of<L: Lanes, K: Kept<L>, const R: usize, const T: usize>(
     q: *const Place,
     tiles: [*const u32; T],
     hd: usize,
@@ -242,61 +251,64 @@ unsafe fn tiles_of<L: Lanes, P: Pairs<L>, S: Stored, const R: usize, const T: us
 ) {
     // SAFETY: as `scores`.
     unsafe {
-        let mut acc = [[L::splat(0.0); R]; T];
+        let mut acc = [[K::none(); R]; T];
         for d in 0..hd / 2 {
             for (acc, tile) in acc.iter_mut().zip(tiles) {
-                let line = S::line(tile, d * LANES);
-                L::prefetch(line.wrapping_add(S::TYPE.half_words(hd)).cast());
-                let words = S::load::<L, P>(line);
+                let line = K::line(tile, d * LANES);
+                L::prefetch(line.wrapping_add(K::TYPE.half_words(hd)).cast());
+                let words = K::load(line);
                 for r in 0..R {
-                    acc[r] = P::dot(acc[r], words, q.add(r * (hd / 2)).cast::<P::By>().add(d));
+                    acc[r] = K::dot(acc[r], words, q.add(r * (hd / 2)).cast::<K::By>().add(d));
                 }
             }
         }
         for (t, acc) in acc.iter().enumerate() {
             for r in 0..R {
-                acc[r].store(out.add(r * SPAN + t * LANES));
+                K::floats(acc[r]).store(out.add(r * SPAN + t * LANES));
             }
         }
     }
 }
 
-/// Turns the first `len` products of a span into scores and these into weights 2^(s - max), the
-/// others into zeros; what is kept of the values is weighted with the pairs in `out`. Returns the
-/// maximum and the sum of the weights.
+/// Turns the first `len` products of a span with a query into scores and these into weights
+/// 2^(s - max), the others into zeros; what is kept of the values is weighted with the pairs in
+/// `out`. Returns the maximum, the sum of the weights, and what weighted sums are to be multiplied
+/// with.
 #[inline(always)]
-unsafe fn weights<L: Lanes, P: Pairs<L>, S: Stored>(
+unsafe fn weights<L: Lanes, K: Kept<L>>(
     products: *const f32,
+    scale: f32,
     pages: &[*const u32; SPAN / PAGE],
     len: usize,
     hd: usize,
-    out: *mut P::By,
-) -> (f32, f32) {
+    out: *mut K::By,
+) -> (f32, f32, f32) {
     // SAFETY: `products` has SPAN elements, `out` a place for every two, and the pages are whole.
     unsafe {
-        let mut s = [L::splat(0.0); SPAN / LANES];
+        let mut s = [L::splat(0.0); VECTORS];
         for (j, s) in s.iter_mut().enumerate() {
             let (keys, n) = (pages[j / TILES], len.saturating_sub(j * LANES));
             let products = L::load(products.add(j * LANES));
-            *s = match S::scales::<L>(keys, hd, j % TILES * LANES, n) {
-                Some(scales) => products.mul(scales).first(n),
+            *s = match K::scales(keys, hd, j % TILES * LANES, n) {
+                Some(scales) => products.mul(scales.mul(L::splat(scale))).first(n),
                 None => products.first(n),
             };
         }
         let max = s[0].max(s[1]).max(s[2].max(s[3])).maximum();
         let base = L::splat(max);
-        for (j, s) in s.iter_mut().enumerate() {
-            let values = pages[j / TILES].add(S::TYPE.half_words(hd));
+        let mut by = s;
+        for (j, (s, by)) in s.iter_mut().zip(&mut by).enumerate() {
+            let values = pages[j / TILES].add(K::TYPE.half_words(hd));
             let n = len.saturating_sub(j * LANES);
             *s = exp2(s.sub(base));
-            let by = match S::scales::<L>(values, hd, j % TILES * LANES, n) {
+            *by = match K::scales(values, hd, j % TILES * LANES, n) {
                 Some(scales) => s.mul(scales),
                 None => *s,
             };
-            P::put(by, out.add(j * LANES / 2));
         }
+        let factor = K::weigh(by, out);
         let sum = s[0].add(s[1]).add(s[2].add(s[3])).sum();
-        (max, sum)
+        (max, sum, factor)
     }
 }
 
@@ -304,10 +316,10 @@ unsafe fn weights<L: Lanes, P: Pairs<L>, S: Stored>(
 /// own length have weight zero and leave its sum as it is. Each line of values asks for the line
 /// of the next span's keys at its place.
 #[inline(always)]
-unsafe fn weighted<L: Lanes, P: Pairs<L>, S: Stored, const R: usize>(
+unsafe fn weighted<L: Lanes, K: Kept<L>, const R: usize>(
     w: *const Place,
     pages: (&[*const u32; SPAN / PAGE], &[*const u32; SPAN / PAGE]),
-    lens: &[usize],
+    (lens, factors): (&[usize], &[f32]),
     hd: usize,
     out: *mut f32,
 ) {
@@ -316,44 +328,46 @@ unsafe fn weighted<L: Lanes, P: Pairs<L>, S: Stored, const R: usize>(
     // SAFETY: `w` has R·SPAN/2 places, `out` R·hd elements, and the pages are whole.
     unsafe {
         while d + 4 * LANES <= hd {
-            weighted_part::<L, P, S, R, 4>(w, pages, len, hd, d, out);
+            weighted_part::<L, K, R, 4>(w, pages, (len, factors), hd, d, out);
             d += 4 * LANES;
         }
         while d < hd {
-            weighted_part::<L, P, S, R, 1>(w, pages, len, hd, d, out);
+            weighted_part::<L, K, R, 1>(w, pages, (len, factors), hd, d, out);
             d += LANES;
         }
     }
 }
 
 #[inline(always)]
-unsafe fn weighted_part<L: Lanes, P: Pairs<L>, S: Stored, const R: usize, const C: usize>(
+unsafe fn weighted_part<L: Lanes, K: Kept<L>, const R: usize, const C: usize>(
     w: *const Place,
     (pages, next): (&[*const u32; SPAN / PAGE], &[*const u32; SPAN / PAGE]),
-    len: usize,
+    (len, factors): (usize, &[f32]),
     hd: usize,
     d: usize,
     out: *mut f32,
 ) {
     // SAFETY: as `weighted`.
     unsafe {
-        let mut acc = [[L::splat(0.0); C]; R];
+        let mut acc = [[K::none(); C]; R];
         for pair in 0..len.div_ceil(2) {
             let (page, inner) = (pair / (PAGE / 2), pair % (PAGE / 2));
-            let values = pages[page].add(S::TYPE.half_words(hd));
+            let values = pages[page].add(K::TYPE.half_words(hd));
             for c in 0..C {
                 let at = inner * hd + d + c * LANES;
-                L::prefetch(S::line(next[page], at).cast());
-                let words = S::load::<L, P>(S::line(values, at));
+                L::prefetch(K::line(next[page], at).cast());
+                let words = K::load(K::line(values, at));
                 for r in 0..R {
-                    let by = w.add(r * (SPAN / 2)).cast::<P::By>().add(pair);
-                    acc[r][c] = P::dot(acc[r][c], words, by);
+                    let by = w.add(r * (SPAN / 2)).cast::<K::By>().add(pair);
+                    acc[r][c] = K::dot(acc[r][c], words, by);
                 }
             }
         }
         for r in 0..R {
+            let factor = L::splat(factors[r]);
             for c in 0..C {
-                acc[r][c].store(out.add(r * hd + d + c * LANES));
+                let sums = K::floats(acc[r][c]).mul(factor);
+                sums.store(out.add(r * hd + d + c * LANES));
             }
         }
     }

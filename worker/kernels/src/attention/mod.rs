@@ -5,11 +5,12 @@
 //!
 //! A query attends span by span, 64 tokens each: scores, their maximum, weights, the
 //! weighted sum of the values; spans are merged in ascending order by log-sum-exp (Rabe and
-//! Staats 2021). Queries and weights are rounded to bf16, as keys and values are or can be read,
-//! so that a product of pairs is one instruction where there is one. Every sum runs in one fixed order
+//! Staats 2021). Queries and weights are rounded to bf16 or int16, as keys and values are or can be
+//! read, so that a product of pairs is one instruction where there is one. Every sum runs in one fixed order
 //! that depends on the query's own length only, so batching, chunking and page placement
 //! change no bit.
 
+mod kept;
 mod kernel;
 mod merge;
 mod store;
@@ -21,6 +22,7 @@ use std::ops::Range;
 use kernel::{some, whole};
 use merge::merged;
 pub use store::KvType;
+use store::quantise_query;
 pub(crate) use store::{append_key, append_value};
 
 use crate::Isa;
@@ -39,28 +41,54 @@ pub(crate) fn query_scale(head_dim: usize) -> f32 {
     std::f32::consts::LOG2_E / (head_dim as f32).sqrt()
 }
 
-/// Makes a rotated query head ready to attend with.
+/// Words of a query that is ready to attend with: its pairs and its scale.
+pub(crate) const fn query_words(head_dim: usize) -> usize {
+    head_dim / 2 + 1
+}
+
+/// Makes a rotated query head ready to attend with, to what is kept as `kv`.
 ///
 /// # Panics
 /// When the lengths do not fit.
-pub(crate) fn prepare_query(isa: Isa, query: &mut [f32], out: &mut [u32]) {
+pub(crate) fn prepare_query(isa: Isa, kv: KvType, query: &mut [f32], out: &mut [u32]) {
     let scale = query_scale(query.len());
     query.iter_mut().for_each(|x| *x *= scale);
-    pairs(isa, query, out);
+    let (words, last) = out.split_at_mut(query.len() / 2);
+    let scale = match kv {
+        KvType::Bf16 => {
+            pairs(isa, query, words);
+            1.0
+        }
+        KvType::Int16 | KvType::Int8 => quantise_query(isa, query, words),
+    };
+    last[0] = scale.to_bits();
 }
 
 /// One query head of one row.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Query<'a> {
-    /// What [`prepare_query`] made of it.
+    /// Its pairs, as [`prepare_query`] made them.
     pub(crate) q: &'a [u32],
+    /// What they were divided by.
+    pub(crate) scale: f32,
     /// Tokens it sees: its position + 1.
     pub(crate) len: usize,
     /// Where its result begins.
     pub(crate) out: usize,
 }
 
-impl Query<'_> {
+impl<'a> Query<'a> {
+    /// What [`prepare_query`] left, by a row that sees `len` tokens; its result begins at `out`.
+    pub(crate) fn new(words: &'a [u32], len: usize, out: usize) -> Self {
+        let (q, scale) = words.split_at(words.len() - 1);
+        Self {
+            q,
+            scale: f32::from_bits(scale[0]),
+            len,
+            out,
+        }
+    }
+
     fn head_dim(&self) -> usize {
         2 * self.q.len()
     }

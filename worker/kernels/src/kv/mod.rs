@@ -12,7 +12,7 @@ use crate::arena::Arena;
 pub use crate::attention::KvType;
 use crate::attention::{
     MAX_QUERIES, Pages, Query, append_key, append_value, attend, attend_spans, merge_spans,
-    partial_width, prepare_query,
+    partial_width, prepare_query, query_words,
 };
 use crate::gemm::{Linear, Outputs, ROW_BLOCK, Write};
 use crate::pool::Scatter;
@@ -38,6 +38,11 @@ impl Heads {
     /// Columns of a row of q, k and v, one after the other.
     pub fn qkv(&self) -> usize {
         (self.q + 2 * self.kv) * self.dim
+    }
+
+    /// Words of the queries of a row, ready to attend with.
+    pub fn query_words(&self) -> usize {
+        self.q * query_words(self.dim)
     }
 }
 
@@ -78,7 +83,7 @@ impl KvPool {
     /// Projects rows to queries, keys and values: passes each head of each row through
     /// `each(row, head, values)`, heads numbered q first, then k, then v, which may add a bias,
     /// normalise and rotate in place; stores keys and values in their pages and queries, ready
-    /// to attend with, in `queries[(row * q + head) * dim / 2]`.
+    /// to attend with, in `queries`, row by row.
     ///
     /// # Panics
     /// When the shapes do not fit, or a page is not of the pool.
@@ -94,7 +99,7 @@ impl KvPool {
         let (Heads { q, kv, dim }, rows, isa) = (self.heads, plan.rows(), team.isa);
         let (ty, pages, half) = (self.kv, self.pages, self.kv.half_words(dim));
         assert!(linear.n() == self.heads.qkv() && linear.takes(acts, rows));
-        assert!(plan.heads() == self.heads && 2 * queries.len() >= rows * q * dim);
+        assert!(plan.heads() == self.heads && queries.len() >= rows * self.heads.query_words());
         assert!(plan.slots.iter().all(|&(page, _)| page < pages));
         let store = Scatter::new(self.layer_mut(layer));
         let queries = Scatter::new(queries);
@@ -127,10 +132,10 @@ impl KvPool {
                     for (row, values) in rows.zip(tile.chunks_exact_mut(dim)) {
                         each(row, head, values);
                         if head < q {
+                            let words = query_words(dim);
                             // SAFETY: an item has its own rows and head.
-                            let query =
-                                unsafe { queries.part((row * q + head) * dim / 2, dim / 2) };
-                            prepare_query(isa, values, query);
+                            let query = unsafe { queries.part((row * q + head) * words, words) };
+                            prepare_query(isa, ty, values, query);
                             continue;
                         }
                         let (page, offset) = plan.slots[row];
@@ -163,7 +168,7 @@ impl KvPool {
     ) {
         let (Heads { q, kv, dim }, isa) = (self.heads, team.isa);
         let (group, rows) = (q / kv, plan.rows());
-        assert!(plan.heads() == self.heads && 2 * queries.len() >= rows * q * dim);
+        assert!(plan.heads() == self.heads && queries.len() >= rows * self.heads.query_words());
         assert!(out.k() == q * dim && rows <= out.rows());
         let layer = &self.arena.as_words()[layer * self.layer_words()..][..self.layer_words()];
         let partials = Scatter::new(&mut plan.partials);
@@ -179,12 +184,11 @@ impl KvPool {
                     let count = block.rows * group;
                     for (i, query) in of_head[..count].iter_mut().enumerate() {
                         let (row, member) = (i / group, i % group);
-                        let at = ((block.row + row) * q + head * group + member) * dim / 2;
-                        *query = Query {
-                            q: &queries[at..at + dim / 2],
-                            len: block.position + row + 1,
-                            out: row * width + (index * group + member) * dim,
-                        };
+                        let words = query_words(dim);
+                        let at = ((block.row + row) * q + head * group + member) * words;
+                        let len = block.position + row + 1;
+                        let out = row * width + (index * group + member) * dim;
+                        *query = Query::new(&queries[at..at + words], len, out);
                     }
                     let of_head = &of_head[..count];
                     let pages = Pages {

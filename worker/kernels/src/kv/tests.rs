@@ -71,7 +71,7 @@ impl Rig {
         let parts = [self.part];
         let linear = Linear::new(&self.weights, &parts);
         let width = self.heads.q * self.heads.dim;
-        let mut queries = vec![u32::MAX; rows * width / 2];
+        let mut queries = vec![u32::MAX; rows * self.heads.query_words()];
         let (team, plan) = (&mut self.team, &mut self.plan);
         self.kv.project(
             team,

@@ -25,9 +25,12 @@ pub const BLOCK: usize = 32;
 /// Rows that lie interleaved, block by block: a kernel that takes as many reads one stream.
 pub(crate) const GROUP: usize = 8;
 
+/// The greatest value of a block.
+const MOST: f32 = 127.0;
+
 /// Blocks whose greatest magnitude is less are zero: 127 times the least normal f32, so that
 /// no scale is subnormal and no reciprocal overflows.
-pub const TINY: f32 = 127.0 * f32::MIN_POSITIVE;
+pub const TINY: f32 = MOST * f32::MIN_POSITIVE;
 
 /// A block of 32 quantised activations, with the sums that the weights' zeros and minima need.
 #[derive(Clone, Copy, Debug, Default)]
@@ -45,19 +48,17 @@ pub(crate) struct QuantBlock {
     pub(crate) neg_low: i32,
 }
 
-impl QuantBlock {
-    /// What a greatest magnitude, as bits, makes of a block: its scale and its reciprocal.
-    /// A reciprocal of 0 says that the values are all 0.
-    #[inline(always)]
-    pub(crate) fn scales(magnitude: u32) -> (f32, f32) {
-        let m = f32::from_bits(magnitude);
-        if (TINY..f32::INFINITY).contains(&m) {
-            (m / 127.0, 127.0 / m)
-        } else if m < TINY {
-            (0.0, 0.0)
-        } else {
-            (f32::NAN, 0.0)
-        }
+/// What a greatest magnitude, as bits, makes of numbers that become integers of at most `most`:
+/// the scale and its reciprocal. A reciprocal of 0 says that the integers are all 0.
+#[inline(always)]
+pub(crate) fn scales(magnitude: u32, most: f32) -> (f32, f32) {
+    let m = f32::from_bits(magnitude);
+    if (most * f32::MIN_POSITIVE..f32::INFINITY).contains(&m) {
+        (m / most, most / m)
+    } else if m < most * f32::MIN_POSITIVE {
+        (0.0, 0.0)
+    } else {
+        (f32::NAN, 0.0)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::arch::aarch64::*;
 
-use super::{BLOCK, GROUP, QuantBlock};
+use super::{BLOCK, GROUP, MOST, QuantBlock, scales};
 
 /// Quantises blocks of a row into `out` and every [`GROUP`]th place after it.
 ///
@@ -27,7 +27,7 @@ fn block(x: &[f32; BLOCK], out: &mut QuantBlock) {
     for v in v {
         max = vmaxq_u32(max, vreinterpretq_u32_f32(vabsq_f32(v)));
     }
-    let (scale, inverse) = QuantBlock::scales(vmaxvq_u32(max));
+    let (scale, inverse) = scales(vmaxvq_u32(max), MOST);
     let (mut low, mut high) = (0, 0);
     if inverse == 0.0 {
         out.values = [0; BLOCK];

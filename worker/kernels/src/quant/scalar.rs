@@ -1,11 +1,11 @@
 //! The reference quantiser.
 
-use super::{BLOCK, QuantBlock};
+use super::{BLOCK, MOST, QuantBlock, scales};
 
 /// Quantises a block.
 pub(super) fn block(x: &[f32; BLOCK]) -> QuantBlock {
     let magnitude = x.iter().map(|v| v.abs().to_bits()).max().unwrap_or(0);
-    let (scale, inverse) = QuantBlock::scales(magnitude);
+    let (scale, inverse) = scales(magnitude, MOST);
     let mut values = [0; BLOCK];
     if inverse != 0.0 {
         for (q, v) in values.iter_mut().zip(x) {

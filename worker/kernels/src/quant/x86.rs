@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{BLOCK, GROUP, QuantBlock};
+use super::{BLOCK, GROUP, MOST, QuantBlock, scales};
 
 /// Quantises blocks of a row into `out` and every [`GROUP`]th place after it.
 ///
@@ -43,7 +43,7 @@ fn block_avx512(x: &[f32; BLOCK], out: &mut QuantBlock) {
     };
     let abs = |v| _mm512_castps_si512(_mm512_abs_ps(v));
     let magnitude = _mm512_reduce_max_epu32(_mm512_max_epu32(abs(v[0]), abs(v[1])));
-    let (scale, inverse) = QuantBlock::scales(magnitude);
+    let (scale, inverse) = scales(magnitude, MOST);
     let (mut low, mut high) = (0, 0);
     if inverse == 0.0 {
         out.values = [0; BLOCK];
@@ -82,7 +82,7 @@ fn block_avx2(x: &[f32; BLOCK], out: &mut QuantBlock) {
     );
     let max = _mm_max_epu32(max, _mm_shuffle_epi32(max, 0b01_00_11_10));
     let max = _mm_max_epu32(max, _mm_shuffle_epi32(max, 0b10_11_00_01));
-    let (scale, inverse) = QuantBlock::scales(_mm_cvtsi128_si32(max) as u32);
+    let (scale, inverse) = scales(_mm_cvtsi128_si32(max) as u32, MOST);
     let (mut low, mut high) = (0, 0);
     if inverse == 0.0 {
         out.values = [0; BLOCK];

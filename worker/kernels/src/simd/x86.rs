@@ -103,13 +103,6 @@ impl Lanes for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn load_i8(p: *const i8) -> Self {
-        unsafe {
-            let lanes = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
-            Self(_mm512_cvtepi32_ps(lanes))
-        }
-    }
-    #[inline(always)]
     unsafe fn sum(self) -> f32 {
         unsafe { self.halves().sum() }
     }
@@ -270,14 +263,6 @@ impl Lanes for Avx2 {
             let high = |w| _mm256_castsi256_ps(_mm256_and_si256(w, mask));
             (Self(low(a), low(b)), Self(high(a), high(b)))
         }
-    }
-    #[inline(always)]
-    unsafe fn load_i8(p: *const i8) -> Self {
-        #[inline(always)]
-        unsafe fn half(p: *const i8) -> __m256 {
-            unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
-        }
-        unsafe { Self(half(p), half(p.add(8))) }
     }
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
