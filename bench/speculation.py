@@ -79,7 +79,7 @@ KINDS = ("free chat", "retrieval", "template", "near-verbatim")
 
 
 def ask(server, messages, **fields):
-    """One streamed answer: its text, tok/s of its decoding, and tokens per event."""
+    """One streamed answer: its text, tok/s of its decoding, tokens per event, tokens, and when they came."""
     body = {"messages": messages, "max_tokens": TOKENS, "stream": True, "stream_options": {"include_usage": True},
             **fields}
     request = urllib.request.Request(
@@ -97,7 +97,7 @@ def ask(server, messages, **fields):
                     times.append(time.perf_counter())
                     text.append(choice["delta"]["content"])
     rate = (tokens - 1) / (times[-1] - times[0]) if len(times) > 1 else 0
-    return "".join(text), rate, tokens / len(times), tokens
+    return "".join(text), rate, tokens / len(times), tokens, times
 
 
 def keep(arms, taken):
@@ -135,7 +135,7 @@ def shoal(binary, repeats, rows):
                         texts, taken = {}, {}
                         for arm in ("off", "auto") if (repeat + i) % 2 else ("auto", "off"):
                             messages = prompts(kind, i, 3 + repeat)
-                            text, *measured = ask(
+                            text, *measured, _ = ask(
                                 server, messages, temperature=temperature, seed=7 * i + repeat,
                                 speculation=arm, user=f"{kind} {temperature} {repeat} {i} {arm}")
                             texts[arm] = text
@@ -163,7 +163,7 @@ def beside_itself(peer, drafters, repeats, rows):
                         taken = {}
                         for arm in ("off", "on") if (repeat + i) % 2 else ("on", "off"):
                             messages = prompts(kind, i, 3 + repeat)
-                            text, *measured = ask(servers[arm], messages, temperature=0)
+                            text, *measured, _ = ask(servers[arm], messages, temperature=0)
                             taken[arm] = (*measured, *novelty(text, messages))
                         keep(arms, taken)
                 rows.append((f"{peer.name} {drafter}", kind, 0, arms["off"], arms["on"]))

@@ -67,7 +67,7 @@ struct Tokenizer {
 #[derive(Debug, Serialize)]
 struct Memory {
     weights_bytes: u64,
-    /// Keys and values of one token in all layers, in bf16.
+    /// Keys and values of one token in all layers, of 16 bits.
     kv_bytes_per_token: Option<u64>,
     /// The same for a sequence as long as the model takes.
     kv_bytes_per_context: Option<u64>,
@@ -274,15 +274,19 @@ impl fmt::Display for Inspection {
             .map_or("-".to_owned(), line);
         row(f, "chat template", template)?;
         row(f, "weights", bytes(Some(self.memory.weights_bytes)))?;
-        let in_bf16 = |value: Option<u64>| match value {
-            Some(_) => format!("{} in bf16", bytes(value)),
+        let of_numbers = |value: Option<u64>| match value {
+            Some(_) => format!("{} of 16-bit numbers", bytes(value)),
             None => bytes(None),
         };
-        row(f, "KV per token", in_bf16(self.memory.kv_bytes_per_token))?;
+        row(
+            f,
+            "KV per token",
+            of_numbers(self.memory.kv_bytes_per_token),
+        )?;
         row(
             f,
             "KV per context",
-            in_bf16(self.memory.kv_bytes_per_context),
+            of_numbers(self.memory.kv_bytes_per_context),
         )?;
         writeln!(
             f,

@@ -63,16 +63,13 @@ pub fn cpu_as(gguf: &Gguf, isa: Isa, threads: usize) -> CpuBackend {
     cpu_with(gguf, options(isa, threads))
 }
 
-/// The engine's own backend, with keys and values in int8.
+/// The engine's own backend, with keys and values kept as `kv`.
 ///
 /// # Panics
 /// If the model does not load.
-pub fn cpu_int8(gguf: &Gguf, isa: Isa, threads: usize) -> CpuBackend {
-    let options = CpuOptions {
-        kv: KvType::Int8,
-        ..options(isa, threads)
-    };
-    cpu_with(gguf, options)
+pub fn cpu_keeping(kv: KvType, gguf: &Gguf, isa: Isa, threads: usize) -> CpuBackend {
+    let plain = options(isa, threads);
+    cpu_with(gguf, CpuOptions { kv, ..plain })
 }
 
 /// The engine's own backend.

@@ -3,12 +3,11 @@
 
 use shoal_core::{Role, TokenId};
 use shoal_engine::candle::CandleWeights;
-use shoal_engine::cpu::CpuOptions;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
 use shoal_kernels::kv::KvType;
 use shoal_tests::accuracy::{Bounds, Comparison};
-use shoal_tests::backends::{candle, cpu, cpu_with, demo_gguf, options};
+use shoal_tests::backends::{candle, cpu, cpu_keeping, demo_gguf};
 use shoal_tests::model::data;
 use shoal_text::{EncodeOptions, Tokenizer, bundle_from_gguf};
 
@@ -51,10 +50,7 @@ fn cpu_stays_near_float32() {
 #[test]
 fn keys_and_values_stay_near_bf16() {
     let gguf = demo_gguf();
-    let as_kept = |kv| {
-        let plain = options(Isa::detect(), 2);
-        cpu_with(&gguf, CpuOptions { kv, ..plain })
-    };
+    let as_kept = |kv| cpu_keeping(kv, &gguf, Isa::detect(), 2);
     let mut bf16 = as_kept(KvType::Bf16);
     for (kv, mean_kl, top1, perplexity) in [
         // bf16's own distance from float32, and no more.

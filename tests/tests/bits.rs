@@ -3,10 +3,10 @@
 
 use shoal_core::{Role, TokenId};
 use shoal_engine::backend::Backend;
-use shoal_engine::cpu::{CpuBackend, CpuOptions, PromptPrecision};
-use shoal_gguf::Gguf;
+use shoal_engine::cpu::{CpuOptions, PromptPrecision};
 use shoal_kernels::Isa;
-use shoal_tests::backends::{cpu_as, cpu_int8, cpu_with, demo_gguf, options};
+use shoal_kernels::kv::KvType;
+use shoal_tests::backends::{cpu_keeping, cpu_with, demo_gguf, options};
 use shoal_tests::drive::{Sequence, Step, append};
 
 /// Sequences of 12, 45 and 78 tokens.
@@ -83,19 +83,24 @@ fn nothing_changes_a_bit(prompts: PromptPrecision) {
 /// Long contexts are shared out among threads.
 #[test]
 fn nothing_changes_a_bit_of_a_long_context() {
-    long_context(cpu_as);
+    long_context(KvType::Int16);
+}
+
+#[test]
+fn nor_of_one_in_bf16() {
+    long_context(KvType::Bf16);
 }
 
 #[test]
 fn nor_of_one_in_int8() {
-    long_context(cpu_int8);
+    long_context(KvType::Int8);
 }
 
-fn long_context(load: fn(&Gguf, Isa, usize) -> CpuBackend) {
+fn long_context(kv: KvType) {
     let gguf = demo_gguf();
     let tokens: Vec<TokenId> = (0..600).map(|t| 61 * t % 40_000 + 5).collect();
     let run = |threads, chunk, beside| {
-        let mut backend = load(&gguf, Isa::detect(), threads);
+        let mut backend = cpu_keeping(kv, &gguf, Isa::detect(), threads);
         let vocab = backend.spec().vocab;
         let mut sequence = Sequence::new((20..60).rev().collect());
         let mut logits = Vec::new();

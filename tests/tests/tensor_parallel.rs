@@ -9,8 +9,9 @@ use shoal_engine::cpu::CpuOptions;
 use shoal_gguf::testmodel::{Family, TestModel};
 use shoal_gguf::{GgmlType, Gguf};
 use shoal_kernels::Isa;
+use shoal_kernels::kv::KvType;
 use shoal_tests::accuracy::{Bounds, Comparison, log_softmax, top2};
-use shoal_tests::backends::{CpuGroup, candle, cpu, cpu_as, cpu_int8, demo_gguf, options};
+use shoal_tests::backends::{CpuGroup, candle, cpu, cpu_as, cpu_keeping, demo_gguf, options};
 use shoal_tests::conformance::{relative_error, scenario};
 use shoal_tests::drive::{Sequence, append};
 use shoal_tests::model::data;
@@ -184,6 +185,8 @@ fn ids_tell_splits_payloads_and_types_of_keys_apart() {
         CpuGroup::over_tcp(&gguf, 2, &options, payload).numerics_id()
     });
     assert!(bf16 != two && rounded != two && bf16 != rounded);
-    let int8 = cpu_int8(&gguf, Isa::detect(), 1).numerics_id();
-    assert!(int8 != alone && int8 != two);
+    for kv in [KvType::Bf16, KvType::Int8] {
+        let other = cpu_keeping(kv, &gguf, Isa::detect(), 1).numerics_id();
+        assert!(other != alone && other != two);
+    }
 }

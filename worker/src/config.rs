@@ -325,7 +325,7 @@ pub enum ConfigError {
         given: String,
     },
     /// Nothing that keys and values can be kept as.
-    #[error("keys and values are bf16 or int8, not {given:?}")]
+    #[error("keys and values are int16, bf16 or int8, not {given:?}")]
     KvType {
         /// What was given.
         given: String,

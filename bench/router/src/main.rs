@@ -8,6 +8,7 @@ mod overhead;
 mod overload;
 mod paced;
 mod peer;
+mod requests;
 mod router;
 mod routing;
 mod stats;
@@ -36,6 +37,8 @@ enum What {
     Overload(overload::Args),
     /// What the router adds to each token
     Overhead(overhead::Args),
+    /// How many requests the router takes
+    Requests(requests::Args),
     /// Text that drafts: taking it in and finding it
     Index(index::Args),
 }
@@ -47,6 +50,7 @@ async fn main() -> Result<()> {
         What::Routing(a) => routing::run(&args.shoal, &a).await,
         What::Overload(a) => overload::run(&args.shoal, &a).await,
         What::Overhead(a) => overhead::run(&args.shoal, &a).await,
+        What::Requests(a) => requests::run(&args.shoal, &a).await,
         What::Index(a) => index::run(&a),
     }
 }

@@ -102,70 +102,74 @@ impl<L: Lanes, P: Pairs<L>> Kept<L> for Bf16<P> {
     }
 }
 
+/// Integers, `PAIRS` pairs in a word.
+pub(super) struct Integers<const PAIRS: usize>;
+
 /// See [`KvType::Int16`].
-pub(super) struct Int16;
+pub(super) type Int16 = Integers<1>;
 
 /// See [`KvType::Int8`]; multiplied as int16.
-pub(super) struct Int8;
+pub(super) type Int8 = Integers<2>;
 
 /// Greatest weight: 64 products with values sum to less than 2³¹.
 const MOST_WEIGHT: f32 = 8191.0;
 const _: () = assert!(SPAN as f64 * MOST_INT16 as f64 * MOST_WEIGHT as f64 <= i32::MAX as f64);
 
-/// The implementation for integers of this type, whose `$load` reads sixteen pairs.
-macro_rules! integers {
-    ($kept:ident, $pairs:literal, $load:ident) => {
-        impl<L: int16::Int16> Kept<L> for $kept {
-            const TYPE: KvType = KvType::$kept;
-            const PAIRS: usize = $pairs;
-            const WIDE: bool = L::REGISTERS >= 32;
-            type Words = L::Words;
-            type By = u32;
-            type Sums = L::Sums;
-            #[inline(always)]
-            unsafe fn by(word: u32) -> u32 {
-                word
-            }
-            #[inline(always)]
-            unsafe fn load(line: *const u32) -> L::Words {
-                // SAFETY: the caller's contract.
-                unsafe { L::$load(line.cast()) }
-            }
-            #[inline(always)]
-            unsafe fn none() -> L::Sums {
-                // SAFETY: the caller's contract.
-                unsafe { L::none() }
-            }
-            #[inline(always)]
-            unsafe fn dot(sums: L::Sums, words: L::Words, by: *const u32) -> L::Sums {
-                // SAFETY: the caller's contract.
-                unsafe { L::dot(sums, words, *by) }
-            }
-            #[inline(always)]
-            unsafe fn floats(sums: L::Sums) -> L {
-                // SAFETY: the caller's contract.
-                unsafe { L::floats(sums) }
-            }
-            #[inline(always)]
-            unsafe fn scales(half: *const u32, hd: usize, token: usize, n: usize) -> Option<L> {
-                // SAFETY: the caller's contract.
-                unsafe {
-                    let scales = half.add(KvType::$kept.scales_at(hd) + token).cast();
-                    // `max` returns its second operand on NaN: a fault survives.
-                    Some(L::splat(0.0).max(L::load(scales).first(n)))
-                }
-            }
-            #[inline(always)]
-            unsafe fn weigh(weights: [L; VECTORS], out: *mut u32) -> f32 {
-                // SAFETY: the caller vouches for the pairs of a span.
-                unsafe { quantised(weights, out.cast()) }
+impl<L: int16::Int16, const PAIRS: usize> Kept<L> for Integers<PAIRS> {
+    const TYPE: KvType = match PAIRS {
+        1 => KvType::Int16,
+        _ => KvType::Int8,
+    };
+    const PAIRS: usize = PAIRS;
+    const WIDE: bool = L::REGISTERS >= 32;
+    type Words = L::Words;
+    type By = u32;
+    type Sums = L::Sums;
+    #[inline(always)]
+    unsafe fn by(word: u32) -> u32 {
+        word
+    }
+    #[inline(always)]
+    unsafe fn load(line: *const u32) -> L::Words {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match <Self as Kept<L>>::TYPE {
+                KvType::Int8 => L::bytes(line.cast()),
+                _ => L::words(line),
             }
         }
-    };
+    }
+    #[inline(always)]
+    unsafe fn none() -> L::Sums {
+        // SAFETY: the caller's contract.
+        unsafe { L::none() }
+    }
+    #[inline(always)]
+    unsafe fn dot(sums: L::Sums, words: L::Words, by: *const u32) -> L::Sums {
+        // SAFETY: the caller's contract.
+        unsafe { L::dot(sums, words, *by) }
+    }
+    #[inline(always)]
+    unsafe fn floats(sums: L::Sums) -> L {
+        // SAFETY: the caller's contract.
+        unsafe { L::floats(sums) }
+    }
+    #[inline(always)]
+    unsafe fn scales(half: *const u32, hd: usize, token: usize, n: usize) -> Option<L> {
+        let at = <Self as Kept<L>>::TYPE.scales_at(hd) + token;
+        // SAFETY: the caller's contract.
+        unsafe {
+            let scales = L::load(half.add(at).cast());
+            // `max` returns its second operand on NaN: a fault survives.
+            Some(L::splat(0.0).max(scales.first(n)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn weigh(weights: [L; VECTORS], out: *mut u32) -> f32 {
+        // SAFETY: the caller vouches for the pairs of a span.
+        unsafe { quantised(weights, out.cast()) }
+    }
 }
-
-integers!(Int16, 1, words);
-integers!(Int8, 2, bytes);
 
 /// Stores weights as integers; gives what these are to be multiplied with.
 ///
