@@ -234,7 +234,8 @@ impl WorkerConfig {
                 return Err(ConfigError::GroupBackend);
             }
         }
-        if let Some(kv) = self.kv_type.filter(|_| self.backend != BackendKind::Cpu) {
+        let other = self.kv_type.filter(|&kv| kv != KvType::Bf16);
+        if let Some(kv) = other.filter(|_| self.backend != BackendKind::Cpu) {
             return Err(ConfigError::KvBackend { kv });
         }
         if let Some(isa) = self.isa.filter(|isa| !isa.is_available()) {

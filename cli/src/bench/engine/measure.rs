@@ -204,8 +204,11 @@ impl Bench {
         if phase == Phase::Attention {
             let token = CpuBackend::page_bytes(spec, self.kv) / PAGE_TOKENS;
             let attended: usize = groups().map(Group::attended).sum();
-            // An instruction for pairs of int16 does two of these.
-            let at_once = if self.kv == KvType::Int16 { 2 } else { 1 };
+            // An instruction for pairs of int16, which int8 become, does two of these.
+            let at_once = match self.kv {
+                KvType::Bf16 => 1,
+                KvType::Int16 | KvType::Int8 => 2,
+            };
             return Work {
                 bytes: groups().map(Group::tokens).sum::<usize>() * token,
                 dots: 0,

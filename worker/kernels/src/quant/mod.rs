@@ -52,10 +52,10 @@ pub(crate) struct QuantBlock {
 /// the scale and its reciprocal. A reciprocal of 0 says that the integers are all 0.
 #[inline(always)]
 pub(crate) fn scales(magnitude: u32, most: f32) -> (f32, f32) {
-    let m = f32::from_bits(magnitude);
-    if (most * f32::MIN_POSITIVE..f32::INFINITY).contains(&m) {
+    let (m, tiny) = (f32::from_bits(magnitude), most * f32::MIN_POSITIVE);
+    if (tiny..f32::INFINITY).contains(&m) {
         (m / most, most / m)
-    } else if m < most * f32::MIN_POSITIVE {
+    } else if m < tiny {
         (0.0, 0.0)
     } else {
         (f32::NAN, 0.0)
