@@ -14,8 +14,9 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::registry::Unit;
 
-/// Names of the threads that compute, or how they begin: the engine's, and its pool's.
-const COMPUTE: [&str; 2] = ["engine", "compute-"];
+/// Names of the threads that compute, or how they begin: the engine's or that of a rank elsewhere,
+/// and its pool's.
+const COMPUTE: [&str; 3] = ["engine", "rank", "compute-"];
 
 /// Times of some threads since they began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

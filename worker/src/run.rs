@@ -5,7 +5,6 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-use axum::Router;
 use futures::future::{BoxFuture, FutureExt};
 use prost::Message;
 use sha2::{Digest, Sha256};
@@ -37,7 +36,8 @@ use crate::{
     error::WorkerError,
     group::Watch,
     load::{self, LoadError, Loaded},
-    member, probes,
+    member,
+    probes::Port,
     service::Service,
     sessions::{Seat, Sink},
     wire::Identity,
@@ -114,31 +114,18 @@ pub(crate) async fn serve(
         worker.metrics.register(r);
         r.register_collector(Box::new(ComputeCollector));
     });
-    let (reporter, health) = tonic_health::server::health_reporter();
-    probes::set_health(&reporter, worker.state()).await;
-    let health_task = worker
-        .shutdown
-        .spawn(probes::follow_state(worker.clone(), reporter));
-    let http = probes::routes(&worker).merge(registry.routes());
-    let grpc = Routes::new(WorkerServer::new(Service(worker.clone()))).add_service(health);
-    let app: Router = net::one_port(http, grpc.add_service(reflection()?));
-    let stop = CancellationToken::new();
-    let server = worker
-        .shutdown
-        .spawn(net::serve(listener, app, stop.clone()));
+    let grpc = Routes::new(WorkerServer::new(Service(worker.clone()))).add_service(reflection()?);
+    let state = worker.watch();
+    let port = Port::open(listener, &worker.shutdown, state, &registry, grpc).await;
 
     let group = member.name.clone();
     let registration = member::join(&worker, config.membership.as_ref(), member);
     let result = live(&worker, config, &group, &registry, assemble).await;
     // Sessions send what they have and end; then connections have nothing to wait for.
     worker.closing.cancel();
-    stop.cancel();
+    let closed = port.close();
     registration.end().await;
-    for task in [health_task, server] {
-        if let Err(error) = task.await {
-            tracing::error!(%error, "a part of the service broke off");
-        }
-    }
+    closed.await;
     result
 }
 

@@ -77,6 +77,7 @@ impl WorkerSettings {
             world: world.get(),
             join: join.parse()?,
             listen: self.rank_listen.unwrap_or(([0, 0, 0, 0], 0).into()),
+            probes: self.listen.map(|at| self.listen_config(at)).transpose()?,
             secret: secret.clone(),
             isa: self.isa.as_deref().map(parse_isa).transpose()?,
             threads: self.threads,
@@ -168,6 +169,13 @@ mod tests {
         assert!(config(between()).unwrap().is_none());
         let rank = config(joining()).unwrap().unwrap();
         assert_eq!((rank.rank, rank.world, rank.join.port()), (1, 2, 7000));
+        assert!(rank.probes.is_none());
+        let probed = WorkerSettings {
+            listen: Some(([127, 0, 0, 1], 9090).into()),
+            ..joining()
+        };
+        let probes = config(probed).unwrap().unwrap().probes.unwrap();
+        assert_eq!(probes.address.port(), 9090);
         for spoil in [
             (|s: &mut WorkerSettings| s.rank = None) as fn(&mut WorkerSettings),
             |s| s.tensor_parallel = None,

@@ -1,6 +1,6 @@
 //! `[worker]`: the settings of a worker.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
@@ -30,7 +30,8 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_WORKER_NAME", value_name = "NAME")]
     pub(crate) name: Option<String>,
 
-    /// Address of gRPC, probes and metrics; port 0 takes a free one [default: 127.0.0.1:9090]
+    /// Address of gRPC, probes and metrics; port 0 takes a free one [default: 127.0.0.1:9090].
+    /// A rank that joins a group has probes and metrics there, if it is given
     #[arg(long, env = "SHOAL_WORKER_LISTEN", value_name = "ADDRESS")]
     pub(crate) listen: Option<SocketAddr>,
 
@@ -182,7 +183,21 @@ impl Section for WorkerSettings {
     const NAME: &'static str = "worker";
 }
 
+/// Where a worker listens, unless set.
+const LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9090);
+
 impl WorkerSettings {
+    /// Its own port at `address`.
+    pub(super) fn listen_config(&self, address: SocketAddr) -> Result<ListenConfig, ConfigError> {
+        let (cert, key) = (self.tls_cert.clone(), self.tls_key.clone());
+        Ok(ListenConfig {
+            network: Network::Tcp,
+            address,
+            tls: tls::server(Self::NAME, cert, key, self.tls_client_ca.clone())?,
+            limits: Limits::default(),
+        })
+    }
+
     /// The configuration of a worker that serves the file at `model`, and whose other ranks log
     /// as `log` says.
     pub(crate) fn config(
@@ -191,12 +206,7 @@ impl WorkerSettings {
         log: &LogConfig,
     ) -> Result<WorkerConfig, ConfigError> {
         let tensor_parallel = self.group_config(log)?;
-        let listen = ListenConfig {
-            network: Network::Tcp,
-            address: self.listen.unwrap_or(([127, 0, 0, 1], 9090).into()),
-            tls: tls::server("worker", self.tls_cert, self.tls_key, self.tls_client_ca)?,
-            limits: Limits::default(),
-        };
+        let listen = self.listen_config(self.listen.unwrap_or(LISTEN))?;
         let default = WorkerConfig::new(model, listen);
         let time = |given: Option<Time>, default| given.map_or(default, |time| time.0);
         let mut engine = default.engine;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use shoal_collective::tcp::Payload;
-use shoal_fabric::membership::Endpoint;
+use shoal_fabric::{membership::Endpoint, net::ListenConfig};
 use shoal_kernels::Isa;
 
 use super::{ConfigError, cpus};
@@ -66,6 +66,8 @@ pub struct RankConfig {
     pub join: Endpoint,
     /// Where it listens for the ranks above it, if there are any.
     pub listen: SocketAddr,
+    /// Where its probes and metrics are, if anywhere.
+    pub probes: Option<ListenConfig>,
     /// A file with what the ranks know and nobody else.
     pub secret: PathBuf,
     /// Instruction set; absent is the best of the machine.

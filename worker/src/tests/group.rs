@@ -70,6 +70,7 @@ impl Group {
             world: 2,
             join: self.listen.to_string().parse().unwrap(),
             listen: ([127, 0, 0, 1], 0).into(),
+            probes: None,
             secret: self.path("secret"),
             isa: None,
             threads: None,
@@ -126,7 +127,15 @@ async fn ranks_that_belong_come_in_and_others_learn_why_not() {
     assert_eq!(rig.get("/ready").await.0, 503, "it waits for a rank");
 
     let stay = Shutdown::new();
-    let rank = tokio::spawn(join_group(group.rank(), stay.clone()));
+    let config = RankConfig {
+        probes: Some(rig::config().listen),
+        ..group.rank()
+    };
+    let rank = tokio::spawn(join_group(config, stay.clone()));
+    let mut phase = stay.phase();
+    let bound = in_time(phase.wait_for(|phase| phase.address.is_some()));
+    let probes = bound.await.unwrap().address.unwrap();
+    assert_eq!(rig::get(probes, "/live").await.0, 200);
     assert_eq!(rig.description().await.tensor_parallel, 2);
     let taken = refusal(refused(group.rank()).await);
     assert_eq!(taken, Refusal::Taken);
@@ -135,8 +144,18 @@ async fn ranks_that_belong_come_in_and_others_learn_why_not() {
     let (tokens, last) = session.answer(1).await;
     assert_eq!((tokens.len(), last.finish()), (10, Finish::Length));
     drop(session);
+    assert_eq!(rig::get(probes, "/ready").await.0, 200);
+    let (_, metrics) = rig::get(probes, "/metrics").await;
+    assert!(metrics.contains("\nshoal_rank_formations_total 1\n"));
+    assert!(!metrics.contains("\nshoal_rank_steps_total 0\n"));
 
     rig.end().await.unwrap();
+    in_time(async {
+        while rig::get(probes, "/ready").await.0 != 503 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
     stay.start();
     in_time(rank).await.unwrap().unwrap();
 }

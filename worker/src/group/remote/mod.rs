@@ -5,6 +5,7 @@ mod house;
 mod leader;
 mod line;
 mod rank;
+mod status;
 
 pub(super) use leader::Leader;
 pub use rank::join_group;

@@ -19,6 +19,7 @@ use shoal_kernels::Isa;
 use tokio::sync::oneshot;
 
 use super::line::{Order, receive, send};
+use super::status::Status;
 use crate::config::{RankConfig, isa_name, parse_payload};
 use crate::error::WorkerError;
 use crate::group::GroupError;
@@ -37,11 +38,29 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// When rank 0 refuses it, its part cannot be loaded, or it is another than that of rank 0.
 pub async fn join_group(config: RankConfig, shutdown: Shutdown) -> Result<(), WorkerError> {
     config.validate()?;
+    let status = Status::new();
+    let port = match &config.probes {
+        Some(listen) => Some(status.serve(listen, &shutdown).await?),
+        None => None,
+    };
+    let result = on_own_thread(config, status, &shutdown).await;
+    if let Some(port) = port {
+        port.close().await;
+    }
+    result
+}
+
+async fn on_own_thread(
+    config: RankConfig,
+    status: Status,
+    shutdown: &Shutdown,
+) -> Result<(), WorkerError> {
     let (done, result) = oneshot::channel();
+    let work = || Rank::start(config, status).and_then(Rank::run);
     std::thread::Builder::new()
         .name("rank".into())
         // Nobody listens any more where the shutdown came first.
-        .spawn(move || drop(done.send(Rank::start(config).and_then(Rank::run))))
+        .spawn(move || drop(done.send(work())))
         .map_err(WorkerError::LoadThread)?;
     match shutdown.token().run_until_cancelled(result).await {
         // The end of the process ends its connections, and rank 0 sees that.
@@ -77,6 +96,7 @@ impl Visitors for Hall {
 /// See the [module](self).
 struct Rank {
     config: RankConfig,
+    status: Status,
     secret: Arc<Secret>,
     hall: Arc<Hall>,
     /// The last rank needs none.
@@ -89,7 +109,7 @@ struct Rank {
 }
 
 impl Rank {
-    fn start(config: RankConfig) -> Result<Self, WorkerError> {
+    fn start(config: RankConfig, status: Status) -> Result<Self, WorkerError> {
         let secret = Arc::new(Secret::read(&config.secret).map_err(GroupError::from)?);
         let hall = Arc::new(Hall {
             lobby: Lobby::default(),
@@ -105,6 +125,7 @@ impl Rank {
             hall,
             instance: instance().map_err(GroupError::Line)?,
             config,
+            status,
             epoch: 0,
             loaded: None,
         })
@@ -257,7 +278,7 @@ impl Rank {
             words,
             patience,
         };
-        let ended = take_part(backend, &seat, terms);
+        let ended = take_part(backend, &seat, terms, &self.status);
         backend.leave();
         match ended {
             // Rank 0 calls for another meeting, or the line ends.
@@ -273,7 +294,12 @@ impl Rank {
 }
 
 /// Steps until the group breaks.
-fn take_part(backend: &mut CpuBackend, seat: &Seat<'_>, terms: Terms) -> Result<(), BackendError> {
+fn take_part(
+    backend: &mut CpuBackend,
+    seat: &Seat<'_>,
+    terms: Terms,
+    status: &Status,
+) -> Result<(), BackendError> {
     if seat.below.len() != seat.rank {
         let rank = seat.below.len();
         return Err(CollectiveError::PeerLost { rank }.into());
@@ -282,7 +308,9 @@ fn take_part(backend: &mut CpuBackend, seat: &Seat<'_>, terms: Terms) -> Result<
     Pace::measure(&mut mesh, terms.words)?;
     backend.join(Box::new(mesh))?;
     tracing::info!(epoch = terms.epoch, "the group is whole");
+    let _whole = status.whole();
     loop {
         backend.follow()?;
+        status.steps.inc();
     }
 }
