@@ -23,6 +23,8 @@ pub(super) enum Part {
 pub(super) trait Dot: Lanes {
     /// Rows of activations whose sums fit in the registers; at most [`GROUP`](crate::quant::GROUP).
     const ROWS: usize;
+    /// Rows from which on it pays to widen quants of four bits to eight before the dots.
+    const MANY: usize = usize::MAX;
 
     /// The quants of a tile, ready for [`dot`](Self::dot).
     type Quants: Copy;

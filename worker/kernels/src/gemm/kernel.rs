@@ -3,17 +3,19 @@
 
 use crate::quant::{GROUP, QuantBlock};
 
-use super::Task;
 use super::dot::{Dot, Part};
+use super::{Panel, Task};
 use crate::pack::{Format, STRIP};
 
 /// Tiles to ask for ahead of the one in use, where the next strip is too far.
 const AHEAD: usize = 4;
 
-/// Runs `$strip::<L, …, M>($args)` with the count of rows as a constant and stores the sums.
+/// Prepares every strip, computes the sums of its rows with their count as a constant, and stores
+/// them.
 macro_rules! by_rows {
-    ($task:ident, $L:ident, |$strip:ident, $row:ident, $M:ident| $sums:expr) => {
+    ($task:ident, $L:ident, |$strip:ident| $tiles:expr, |$data:ident, $row:ident, $M:ident| $sums:expr) => {
         for $strip in $task.strips.clone() {
+            let $data: &[u8] = $tiles;
             let mut $row = $task.rows.start;
             while $row < $task.rows.end {
                 // Rows of a group lie together; a kernel never crosses one.
@@ -45,23 +47,77 @@ macro_rules! by_rows {
 
 /// A task on quantised weights of `V` vectors in a tile, with minima or with scales for halves.
 ///
+/// For many rows, quants of four bits are [widened](widen) once in `panel`.
+///
 /// # Safety
 /// The machine has the instruction set of `L`, the constants are those of the matrix, and no
 /// other thread touches the outputs of the task.
 #[inline(always)]
 pub(super) unsafe fn quants<L: Dot, const V: usize, const MIN: bool, const HALVES: bool>(
     task: &Task<'_>,
+    panel: &mut Panel,
 ) {
     // SAFETY: the contract of this function; a strip has its tiles and the rows their blocks.
     unsafe {
-        by_rows!(task, L, |strip, row, M| {
-            let acts = task.acts.block(row, 0).cast_const();
-            quant_strip::<L, V, MIN, HALVES, M>(task.strip(strip), acts)
-        });
+        if V == 4 && task.rows.len() >= L::MANY {
+            by_rows!(
+                task,
+                L,
+                |strip| widen::<L, MIN>(task.strip(strip), panel),
+                |tiles, row, M| {
+                    let acts = task.acts.block(row, 0).cast_const();
+                    quant_strip::<L, 8, MIN, HALVES, true, M>(tiles, acts)
+                }
+            );
+        } else {
+            by_rows!(task, L, |strip| task.strip(strip), |tiles, row, M| {
+                let acts = task.acts.block(row, 0).cast_const();
+                quant_strip::<L, V, MIN, HALVES, false, M>(tiles, acts)
+            });
+        }
     }
 }
 
-/// The sums of a strip for `M` rows.
+/// A strip of four bits with its quants as eight and its scales as floats: the same numbers, as a
+/// zero point moves with its quants.
+///
+/// # Safety
+/// As [`quants`].
+#[inline(always)]
+unsafe fn widen<'a, L: Dot, const MIN: bool>(strip: &[u8], panel: &'a mut Panel) -> &'a [u8] {
+    let (format, add) = match MIN {
+        true => (Format::U4Min, 0),
+        false => (Format::U4Zero, 128 - 8),
+    };
+    let (head, tile) = (format.head_bytes(), format.tile_bytes());
+    let wide = 2 * head + 8 * 64;
+    let out = panel.bytes(strip.len() / tile * wide);
+    for (tile, out) in strip.chunks_exact(tile).zip(out.chunks_exact_mut(wide)) {
+        for line in (0..tile.len()).step_by(64) {
+            // Of the next strip, which comes while the rows of this one are computed.
+            L::prefetch(tile.as_ptr().wrapping_add(strip.len() + line));
+        }
+        let (half, quants) = tile.split_at(head);
+        let (float, out) = out.split_at_mut(2 * head);
+        for (half, float) in half
+            .chunks_exact(2 * STRIP)
+            .zip(float.chunks_exact_mut(4 * STRIP))
+        {
+            // SAFETY: sixteen f16, and room for as many floats.
+            unsafe { L::f16(half.as_ptr()).store(float.as_mut_ptr().cast()) };
+        }
+        // The second four columns of eight are in the high nibbles.
+        for (vector, out) in quants.chunks_exact(64).zip(out.chunks_exact_mut(128)) {
+            let (low, high) = out.split_at_mut(64);
+            for ((&q, low), high) in vector.iter().zip(low).zip(high) {
+                (*low, *high) = ((q & 0xf) + add, (q >> 4) + add);
+            }
+        }
+    }
+    out
+}
+
+/// The sums of a strip, [widened](widen) or not, for `M` rows.
 ///
 /// # Safety
 /// As [`quants`]; `acts` are the first blocks of the rows.
@@ -71,12 +127,15 @@ unsafe fn quant_strip<
     const V: usize,
     const MIN: bool,
     const HALVES: bool,
+    const WIDE: bool,
     const M: usize,
 >(
     strip: &[u8],
     mut acts: *const QuantBlock,
 ) -> [L; M] {
-    let head = if MIN || HALVES { 4 * STRIP } else { 2 * STRIP };
+    // Bytes of sixteen scales.
+    let vector = if WIDE { 4 * STRIP } else { 2 * STRIP };
+    let head = if MIN || HALVES { 2 * vector } else { vector };
     let zero = match (MIN, V) {
         (true, _) => 0,
         (_, 4) => 8,
@@ -93,12 +152,15 @@ unsafe fn quant_strip<
                 true => strip.len(),
                 false => AHEAD * (head + V * 64),
             };
-            for line in (0..head + V * 64).step_by(64) {
-                L::prefetch(tile.wrapping_add(ahead + line));
+            if !WIDE {
+                for line in (0..head + V * 64).step_by(64) {
+                    L::prefetch(tile.wrapping_add(ahead + line));
+                }
             }
-            let scales = L::f16(tile);
+            let floats = |at: *const u8| if WIDE { L::load(at.cast()) } else { L::f16(at) };
+            let scales = floats(tile);
             let second = if MIN || HALVES {
-                L::f16(tile.add(2 * STRIP))
+                floats(tile.add(vector))
             } else {
                 scales
             };
@@ -134,16 +196,14 @@ pub(super) unsafe fn floats<L: Dot>(task: &Task<'_>) {
     // SAFETY: as in `quants`.
     unsafe {
         match task.format() {
-            Format::F16 => by_rows!(task, L, |strip, row, M| {
-                float_strip::<L, 32, M>(task.strip(strip), task.acts.float(row, 0), |p| L::f16(p))
+            Format::F16 => by_rows!(task, L, |strip| task.strip(strip), |tiles, row, M| {
+                float_strip::<L, 32, M>(tiles, task.acts.float(row, 0), |p| L::f16(p))
             }),
-            Format::Bf16 => by_rows!(task, L, |strip, row, M| {
-                float_strip::<L, 32, M>(task.strip(strip), task.acts.float(row, 0), |p| L::bf16(p))
+            Format::Bf16 => by_rows!(task, L, |strip| task.strip(strip), |tiles, row, M| {
+                float_strip::<L, 32, M>(tiles, task.acts.float(row, 0), |p| L::bf16(p))
             }),
-            _ => by_rows!(task, L, |strip, row, M| {
-                float_strip::<L, 64, M>(task.strip(strip), task.acts.float(row, 0), |p| {
-                    L::load(p.cast())
-                })
+            _ => by_rows!(task, L, |strip| task.strip(strip), |tiles, row, M| {
+                float_strip::<L, 64, M>(tiles, task.acts.float(row, 0), |p| L::load(p.cast()))
             }),
         }
     }

@@ -313,11 +313,21 @@ impl Task<'_> {
             ..*self
         };
         match self.format() {
-            Format::U4Zero => dispatch!(isa, quants::<_, 4, false, false>(task: &Task<'_>)),
-            Format::U4Min => dispatch!(isa, quants::<_, 4, true, false>(task: &Task<'_>)),
-            Format::U8Zero(_) => dispatch!(isa, quants::<_, 8, false, false>(task: &Task<'_>)),
-            Format::U8Min => dispatch!(isa, quants::<_, 8, true, false>(task: &Task<'_>)),
-            Format::U8Halves(_) => dispatch!(isa, quants::<_, 8, false, true>(task: &Task<'_>)),
+            Format::U4Zero => {
+                dispatch!(isa, quants::<_, 4, false, false>(task: &Task<'_>, panel: &mut Panel))
+            }
+            Format::U4Min => {
+                dispatch!(isa, quants::<_, 4, true, false>(task: &Task<'_>, panel: &mut Panel))
+            }
+            Format::U8Zero(_) => {
+                dispatch!(isa, quants::<_, 8, false, false>(task: &Task<'_>, panel: &mut Panel))
+            }
+            Format::U8Min => {
+                dispatch!(isa, quants::<_, 8, true, false>(task: &Task<'_>, panel: &mut Panel))
+            }
+            Format::U8Halves(_) => {
+                dispatch!(isa, quants::<_, 8, false, true>(task: &Task<'_>, panel: &mut Panel))
+            }
             Format::F32 | Format::F16 | Format::Bf16 => {
                 dispatch!(isa, floats::<_>(task: &Task<'_>))
             }

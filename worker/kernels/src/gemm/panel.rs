@@ -1,7 +1,6 @@
-//! Panels: the weights of some strips as pairs of brain floats, made for one product and used
-//! by all its rows.
+//! Panels: the weights of some strips, made ready for one product and used by all its rows.
 //!
-//! A weight is `fma(1 + q / 2^b, 2^b * scale, minimum - 2^b * scale)` for a quant of `b` bits,
+//! As pairs of brain floats, a weight is `fma(1 + q / 2^b, 2^b * scale, minimum - 2^b * scale)` for a quant of `b` bits,
 //! where a format with a zero point has `-zero * scale` for its minimum: the quant need only be
 //! moved into the mantissa of 1. That is exact but for the minima, whose difference is rounded,
 //! and then rounded to bf16. Scales are multiples of 2⁻²⁴, and so are weights: none is subnormal.
@@ -22,11 +21,21 @@ pub(crate) struct Panel(Vec<Words>);
 impl Panel {
     /// Room for `strips` strips of `k` columns.
     pub(super) fn room(&mut self, strips: usize, k: usize) -> *mut u32 {
-        let words = strips * k / 2;
+        self.words(strips * k / 2).as_mut_ptr().cast()
+    }
+
+    /// Room for so many bytes.
+    pub(super) fn bytes(&mut self, bytes: usize) -> &mut [u8] {
+        let words = self.words(bytes.div_ceil(size_of::<Words>()));
+        // SAFETY: any words are valid as bytes, and there are as many.
+        unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), bytes) }
+    }
+
+    fn words(&mut self, words: usize) -> &mut [Words] {
         if self.0.len() < words {
             self.0.resize(words, Words::default());
         }
-        self.0.as_mut_ptr().cast()
+        &mut self.0
     }
 }
 

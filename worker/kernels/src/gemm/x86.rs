@@ -18,6 +18,7 @@ fn word(act: &QuantBlock, group: usize) -> i32 {
 
 impl Dot for Avx512 {
     const ROWS: usize = 8;
+    const MANY: usize = 64;
 
     /// Vector g holds the columns 4g..4g+4.
     type Quants = [__m512i; 8];
