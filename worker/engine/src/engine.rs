@@ -3,6 +3,7 @@
 mod driver;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -141,10 +142,10 @@ struct Inbox {
     cancelled: Vec<SequenceKey>,
     /// The newest draft of each, of those that are live.
     drafts: HashMap<SequenceKey, PushedDraft>,
-    /// What sequences are told that run ahead of others, of those that are live.
-    told: Vec<Told>,
+    /// What each of those that run ahead of others is told, of those that are live.
+    told: HashMap<SequenceKey, Told>,
     /// Every sequence whose end is not published, and whether it was cancelled. Bounds the
-    /// two lists above.
+    /// lists above.
     live: HashMap<SequenceKey, bool>,
     /// Of those, the ones that held pages after the last step.
     running: usize,
@@ -159,9 +160,21 @@ struct Inbox {
 /// What a sequence has from an output position on, for the one that runs ahead of it.
 #[derive(Debug)]
 struct Told {
-    key: SequenceKey,
     base: usize,
     tokens: Vec<TokenId>,
+}
+
+impl Told {
+    /// Adds what follows; what does not, or is more than a sequence of `most` tokens, takes the
+    /// place of what there was.
+    fn add(&mut self, base: usize, tokens: Vec<TokenId>, most: usize) {
+        let end = self.base.checked_add(self.tokens.len());
+        if end == Some(base) && self.tokens.len() + tokens.len() <= most {
+            self.tokens.extend(tokens);
+        } else {
+            *self = Self { base, tokens };
+        }
+    }
 }
 
 impl Inbox {
@@ -227,13 +240,17 @@ impl EngineHandle {
     /// Tells a sequence that runs ahead of another one what that one has from an output position
     /// on.
     pub fn follow(&self, key: SequenceKey, base: u32, tokens: Vec<TokenId>) {
-        let mut inbox = lock(&self.owner.shared.inbox);
+        let shared = &self.owner.shared;
+        let (base, most) = (base as usize, shared.limits.sequence_tokens);
+        let mut inbox = lock(&shared.inbox);
         if inbox.live.contains_key(&key) {
-            let base = base as usize;
-            inbox.told.push(Told { key, base, tokens });
+            match inbox.told.entry(key) {
+                Entry::Occupied(mut told) => told.get_mut().add(base, tokens, most),
+                Entry::Vacant(none) => drop(none.insert(Told { base, tokens })),
+            }
         }
         drop(inbox);
-        self.owner.shared.wake.notify_one();
+        shared.wake.notify_one();
     }
 
     /// Ends a sequence with [`Finish::Cancelled`](crate::request::Finish) before the next step; without effect if it
@@ -335,5 +352,28 @@ impl Owner {
         if thread.thread().id() != thread::current().id() && thread.join().is_err() {
             tracing::error!("the engine's thread panicked");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_follows_is_added_and_all_else_replaces() {
+        let mut told = Told {
+            base: 3,
+            tokens: vec![1, 2],
+        };
+        let mut then = |base, tokens: &[TokenId]| {
+            told.add(base, tokens.to_vec(), 4);
+            (told.base, told.tokens.clone())
+        };
+        assert_eq!(then(5, &[3]), (3, vec![1, 2, 3]));
+        // More than a sequence has.
+        assert_eq!(then(6, &[4, 5]), (6, vec![4, 5]));
+        // Once more, and a gap.
+        assert_eq!(then(6, &[6]), (6, vec![6]));
+        assert_eq!(then(9, &[7]), (9, vec![7]));
     }
 }

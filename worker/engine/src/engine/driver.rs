@@ -103,7 +103,7 @@ impl Driver {
         for (key, draft) in drafts {
             self.stepper.draft(key, draft);
         }
-        for Told { key, base, tokens } in told {
+        for (key, Told { base, tokens }) in told {
             self.stepper.follow(key, base, &tokens);
         }
         if drain.is_some() {
