@@ -3,7 +3,6 @@
 mod driver;
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -158,7 +157,7 @@ struct Inbox {
 }
 
 /// What a sequence has from an output position on, for the one that runs ahead of it.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Told {
     base: usize,
     tokens: Vec<TokenId>,
@@ -244,10 +243,7 @@ impl EngineHandle {
         let (base, most) = (base as usize, shared.limits.sequence_tokens);
         let mut inbox = lock(&shared.inbox);
         if inbox.live.contains_key(&key) {
-            match inbox.told.entry(key) {
-                Entry::Occupied(mut told) => told.get_mut().add(base, tokens, most),
-                Entry::Vacant(none) => drop(none.insert(Told { base, tokens })),
-            }
+            inbox.told.entry(key).or_default().add(base, tokens, most);
         }
         drop(inbox);
         shared.wake.notify_one();

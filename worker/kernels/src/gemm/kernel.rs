@@ -146,13 +146,13 @@ unsafe fn quant_strip<
         let mut sums = [L::splat(0.0); M];
         for tile in strip.chunks_exact(head + V * 64) {
             let tile = tile.as_ptr();
-            // Many rows take long enough for the next strip to come from memory; with few, the
-            // machine's own prefetching is at work on this one and wants help only.
-            let ahead = match 2 * M > V {
-                true => strip.len(),
-                false => AHEAD * (head + V * 64),
-            };
             if !WIDE {
+                // Many rows take long enough for the next strip to come from memory; with few, the
+                // machine's own prefetching is at work on this one and wants help only.
+                let ahead = match 2 * M > V {
+                    true => strip.len(),
+                    false => AHEAD * (head + V * 64),
+                };
                 for line in (0..head + V * 64).step_by(64) {
                     L::prefetch(tile.wrapping_add(ahead + line));
                 }
