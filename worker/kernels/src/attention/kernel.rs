@@ -35,7 +35,7 @@ pub(super) unsafe fn whole<L: int16::Int16, P: Pairs<L>>(
         out[query.out..query.out + hd].fill(0.0);
     }
     // SAFETY: the contract of this function.
-    unsafe { spread::<L, P>(queries, pages.kv, scratch) };
+    unsafe { spread::<L, P>(queries, pages.shape.kv, scratch) };
     for index in 0..longest(queries).div_ceil(SPAN) {
         // SAFETY: the contract of this function.
         unsafe {
@@ -68,7 +68,7 @@ pub(super) unsafe fn some<L: int16::Int16, P: Pairs<L>>(
     let hd = queries[0].head_dim();
     let mut partials = partials.chunks_exact_mut(partial_width(hd));
     // SAFETY: the contract of this function.
-    unsafe { spread::<L, P>(queries, pages.kv, scratch) };
+    unsafe { spread::<L, P>(queries, pages.shape.kv, scratch) };
     for index in spans {
         // SAFETY: the contract of this function.
         let Softmax { max, sum } = unsafe { any_span::<L, P>(queries, pages, index, scratch) };
@@ -134,7 +134,7 @@ unsafe fn any_span<L: int16::Int16, P: Pairs<L>>(
 ) -> Softmax {
     // SAFETY: the contract of this function.
     unsafe {
-        match (pages.kv, few(queries)) {
+        match (pages.shape.kv, few(queries)) {
             (KvType::Bf16, false) => span::<L, Bf16<P>>(queries, pages, index, scratch),
             (KvType::Bf16, true) => span::<L, Bf16<Fused>>(queries, pages, index, scratch),
             (KvType::Int16, _) => span::<L, Int16>(queries, pages, index, scratch),
@@ -158,7 +158,7 @@ unsafe fn span<L: Lanes, K: Kept<L>>(
 ) -> Softmax {
     let (n, hd, start) = (queries.len(), queries[0].head_dim(), index * SPAN);
     let last = longest(queries).div_ceil(PAGE);
-    let page = |i: usize| pages.page((start / PAGE + i).min(last - 1), hd);
+    let page = |i: usize| pages.page((start / PAGE + i).min(last - 1));
     let pages: [*const u32; SPAN / PAGE] = std::array::from_fn(page);
     let next: [*const u32; SPAN / PAGE] = std::array::from_fn(|i| page(SPAN / PAGE + i));
     let mut lens = [0usize; MAX_QUERIES];

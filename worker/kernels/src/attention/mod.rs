@@ -94,36 +94,70 @@ impl<'a> Query<'a> {
     }
 }
 
-/// The pages of a sequence for one key–value head.
+/// Where the pages of a pool lie: `[page / 8][layer][page % 8][head]`.
+///
+/// What a layer reads of a sequence lies in long runs, yet eight pages of all layers are
+/// neighbours: the system is asked for memory little by little as the pool fills, not for a huge
+/// page of every layer at once, which takes as long as a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PoolShape {
+    pub(crate) kv: KvType,
+    pub(crate) layers: usize,
+    /// Key–value heads.
+    pub(crate) heads: usize,
+    /// Width of a head.
+    pub(crate) dim: usize,
+}
+
+impl PoolShape {
+    /// Pages whose layers alternate.
+    const RUN: usize = 8;
+
+    /// Words of so many pages.
+    pub(crate) fn words(&self, pages: usize) -> usize {
+        let page = self.layers * self.heads * self.kv.page_words(self.dim);
+        pages.next_multiple_of(Self::RUN) * page
+    }
+
+    /// Pages that so many words hold.
+    fn pages(&self, words: usize) -> usize {
+        words / self.words(Self::RUN) * Self::RUN
+    }
+
+    /// Where a page of a head of a layer begins.
+    #[inline(always)]
+    pub(crate) fn at(&self, layer: usize, page: usize, head: usize) -> usize {
+        let (run, page) = (page / Self::RUN, page % Self::RUN);
+        let page = (run * self.layers + layer) * Self::RUN + page;
+        (page * self.heads + head) * self.kv.page_words(self.dim)
+    }
+}
+
+/// The pages of a sequence for one key–value head of a layer.
 #[derive(Clone, Copy)]
 pub(crate) struct Pages<'a> {
-    /// `[page][head]` of a layer.
-    pub(crate) layer: &'a [u32],
-    /// What they are kept as.
-    pub(crate) kv: KvType,
+    pub(crate) pool: &'a [u32],
+    pub(crate) shape: PoolShape,
     /// The pages of the sequence.
     pub(crate) table: &'a [u32],
-    /// Heads of the layer.
-    pub(crate) heads: usize,
-    /// The head.
+    pub(crate) layer: usize,
     pub(crate) head: usize,
 }
 
 impl Pages<'_> {
-    /// Whether there are pages for `tokens`, all inside the layer.
+    /// Whether there are pages for `tokens` of heads of this width, all inside the pool.
     fn hold(&self, tokens: usize, hd: usize) -> bool {
-        let count = self.layer.len() / (self.heads * self.kv.page_words(hd));
-        self.head < self.heads
+        let count = self.shape.pages(self.pool.len());
+        (self.layer < self.shape.layers && self.head < self.shape.heads && hd == self.shape.dim)
             && tokens <= self.table.len() * PAGE
             && self.table.iter().all(|&page| (page as usize) < count)
     }
 
     #[inline(always)]
-    fn page(&self, index: usize, hd: usize) -> *const u32 {
-        let page = self.table[index] as usize * self.heads + self.head;
-        self.layer
-            .as_ptr()
-            .wrapping_add(page * self.kv.page_words(hd))
+    fn page(&self, index: usize) -> *const u32 {
+        let page = self.table[index] as usize;
+        let at = self.shape.at(self.layer, page, self.head);
+        self.pool.as_ptr().wrapping_add(at)
     }
 }
 

@@ -1,10 +1,11 @@
 use super::*;
 use crate::testing::{isas, random};
 
-/// Pages of the second of two heads, in reverse order.
+/// Pages of the second of two heads of the third of four layers, in reverse order.
 struct Stored {
     kv: KvType,
-    layer: Vec<u32>,
+    shape: PoolShape,
+    pool: Vec<u32>,
     table: Vec<u32>,
 }
 
@@ -13,18 +14,29 @@ impl Stored {
         let (tokens, half) = (keys.len() / hd, kv.half_words(hd));
         let count = tokens.div_ceil(PAGE);
         // Stale contents of a previous owner: NaN everywhere.
-        let mut layer = vec![0x7fc0_7fc0; count * 2 * kv.page_words(hd)];
+        let shape = PoolShape {
+            kv,
+            layers: 4,
+            heads: 2,
+            dim: hd,
+        };
+        let mut pool = vec![0x7fc0_7fc0; shape.words(count)];
         let table: Vec<u32> = (0..count as u32).rev().collect();
         for t in 0..tokens {
             let (at, page) = (t * hd..(t + 1) * hd, table[t / PAGE] as usize);
-            let page = &mut layer[(page * 2 + 1) * 2 * half..][..2 * half];
+            let page = &mut pool[shape.at(2, page, 1)..][..2 * half];
             let (key, value) = page.split_at_mut(half);
             append_value(Isa::detect(), kv, value, t % PAGE, &values[at.clone()]);
             let key = key.as_mut_ptr();
             // SAFETY: half a page for keys of this width.
             unsafe { append_key(Isa::detect(), kv, key, t % PAGE, &keys[at]) };
         }
-        Self { kv, layer, table }
+        Self {
+            kv,
+            shape,
+            pool,
+            table,
+        }
     }
 
     /// The keys and the values of so many tokens, as attention reads them.
@@ -46,7 +58,7 @@ impl Stored {
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for t in 0..tokens {
             let (page, token) = (self.table[t / PAGE] as usize, t % PAGE);
-            let page = &self.layer[(page * 2 + 1) * 2 * half..][..2 * half];
+            let page = &self.pool[self.shape.at(2, page, 1)..][..2 * half];
             for d in 0..hd {
                 let key = (token / LANES * (hd / 2) + d / 2) * LANES + token % LANES;
                 keys.push(number(page, key, d % 2, token));
@@ -59,10 +71,10 @@ impl Stored {
 
     fn pages(&self) -> Pages<'_> {
         Pages {
-            layer: &self.layer,
-            kv: self.kv,
+            pool: &self.pool,
+            shape: self.shape,
             table: &self.table,
-            heads: 2,
+            layer: 2,
             head: 1,
         }
     }

@@ -11,8 +11,8 @@ pub use plan::{Plan, Run};
 use crate::arena::Arena;
 pub use crate::attention::KvType;
 use crate::attention::{
-    MAX_QUERIES, Pages, Query, append_key, append_value, attend, attend_spans, merge_spans,
-    partial_width, prepare_query, query_words,
+    MAX_QUERIES, Pages, PoolShape, Query, append_key, append_value, attend, attend_spans,
+    merge_spans, partial_width, prepare_query, query_words,
 };
 use crate::gemm::{Linear, Outputs, ROW_BLOCK, Write};
 use crate::pool::Scatter;
@@ -46,11 +46,11 @@ impl Heads {
     }
 }
 
-/// Pages of every layer, `[layer][page][kv head]`, all of one size.
+/// Pages of every layer, all of one size, where [`PoolShape`] puts them.
 pub struct KvPool {
     arena: Arena,
-    kv: KvType,
     heads: Heads,
+    shape: PoolShape,
     pages: usize,
 }
 
@@ -62,22 +62,18 @@ impl KvPool {
 
     /// `pages` zeroed pages for each of `layers` layers.
     pub fn new(kv: KvType, heads: Heads, layers: usize, pages: usize) -> io::Result<Self> {
-        let arena = Arena::new(Self::page_bytes(kv, heads, layers) * pages)?;
-        Ok(Self {
-            arena,
+        let shape = PoolShape {
             kv,
+            layers,
+            heads: heads.kv,
+            dim: heads.dim,
+        };
+        Ok(Self {
+            arena: Arena::new(shape.words(pages) * 4)?,
             heads,
+            shape,
             pages,
         })
-    }
-
-    fn layer_words(&self) -> usize {
-        self.pages * self.heads.kv * self.kv.page_words(self.heads.dim)
-    }
-
-    fn layer_mut(&mut self, layer: usize) -> &mut [u32] {
-        let words = self.layer_words();
-        &mut self.arena.as_words_mut()[layer * words..][..words]
     }
 
     /// Projects rows to queries, keys and values: passes each head of each row through
@@ -97,11 +93,12 @@ impl KvPool {
         each: &(dyn Fn(usize, usize, &mut [f32]) + Sync),
     ) {
         let (Heads { q, kv, dim }, rows, isa) = (self.heads, plan.rows(), team.isa);
-        let (ty, pages, half) = (self.kv, self.pages, self.kv.half_words(dim));
+        let (shape, pages) = (self.shape, self.pages);
+        let (ty, half) = (shape.kv, shape.kv.half_words(dim));
         assert!(linear.n() == self.heads.qkv() && linear.takes(acts, rows));
         assert!(plan.heads() == self.heads && queries.len() >= rows * self.heads.query_words());
-        assert!(plan.slots.iter().all(|&(page, _)| page < pages));
-        let store = Scatter::new(self.layer_mut(layer));
+        assert!(layer < shape.layers && plan.slots.iter().all(|&(page, _)| page < pages));
+        let store = Scatter::new(self.arena.as_words_mut());
         let queries = Scatter::new(queries);
         // Many rows are two blocks at least, for the threads to have even shares.
         let block = rows.div_ceil(2).next_multiple_of(GROUP);
@@ -139,7 +136,7 @@ impl KvPool {
                             continue;
                         }
                         let (page, offset) = plan.slots[row];
-                        let at = (page * kv + (head - q) % kv) * 2 * half;
+                        let at = shape.at(layer, page, (head - q) % kv);
                         // SAFETY: keys and values are halves of a page. An item has the keys of
                         // its own rows, or all values of its head.
                         unsafe {
@@ -170,7 +167,7 @@ impl KvPool {
         let (group, rows) = (q / kv, plan.rows());
         assert!(plan.heads() == self.heads && queries.len() >= rows * self.heads.query_words());
         assert!(out.k() == q * dim && rows <= out.rows());
-        let layer = &self.arena.as_words()[layer * self.layer_words()..][..self.layer_words()];
+        let pool = &self.arena.as_words()[..self.shape.words(self.pages)];
         let partials = Scatter::new(&mut plan.partials);
         let (plan, out) = (&*plan, &*out);
         team.pool
@@ -192,10 +189,10 @@ impl KvPool {
                     }
                     let of_head = &of_head[..count];
                     let pages = Pages {
-                        layer,
-                        kv: self.kv,
+                        pool,
+                        shape: self.shape,
                         table: plan.table(block),
-                        heads: kv,
+                        layer,
                         head,
                     };
                     let Some(split) = item.split.map(|split| &plan.splits[split]) else {
