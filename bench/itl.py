@@ -31,27 +31,35 @@ async def stream(session, url, model, messages, tokens, times):
                     times.append(now)
 
 
+async def keep_busy(ask, prompts, answers):
+    """One answer after the other; appends the times of each."""
+    while True:
+        answers.append([])
+        await ask(next(prompts), answers[-1])
+
+
 async def run(args):
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
         async with session.get(args.base_url + "/v1/models") as answer:
             model = (await answer.json())["data"][0]["id"]
         shorts, longs = unique_prompts(), long_prompts(2000)
-        times = [[] for _ in range(args.streams)]
-        tasks = [asyncio.create_task(stream(session, args.base_url, model, next(shorts), args.tokens, t)) for t in times]
-        while min(map(len, times)) < 100:
+        answers, spans = [], []
+        ask = lambda messages, times: stream(session, args.base_url, model, messages, args.tokens, times)
+        tasks = [asyncio.create_task(keep_busy(ask, shorts, answers)) for _ in range(args.streams)]
+        while sum(map(len, answers)) < 100 * args.streams:
             await asyncio.sleep(0.01)
-        spans = []
         for messages in (next(longs) for _ in range(args.prompts)):
             first, start = [], time.perf_counter()
             await stream(session, args.base_url, model, messages, 1, first)
             spans.append((start, first[0]))
             await asyncio.sleep(0.5)
-        ended = min(map(max, times))
         for task in tasks:
             task.cancel()
-        if ended < spans[-1][1]:
-            raise SystemExit("the streams ended before the last prompt: ask for more --tokens")
-    gaps = [(b, (b - a) * 1e3) for t in times for a, b in zip(t[20:], t[21:])]
+        # A stream that failed is an error of this run.
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        if failed := [error for error in ended if not isinstance(error, asyncio.CancelledError)]:
+            raise failed[0]
+    gaps = [(b, (b - a) * 1e3) for t in answers for a, b in zip(t[20:], t[21:])]
     during = [gap for at, gap in gaps if any(a <= at <= b for a, b in spans)]
     alone = [gap for at, gap in gaps if at < spans[0][0]]
     print(json.dumps({
@@ -66,7 +74,7 @@ def main():
     parser.add_argument("--base-url", required=True)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=3, help="long prompts, one after the other")
-    parser.add_argument("--tokens", type=int, default=2000, help="longest answer of a stream")
+    parser.add_argument("--tokens", type=int, default=600, help="length of the answers; another follows each")
     asyncio.run(run(parser.parse_args()))
 
 

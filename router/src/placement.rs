@@ -190,8 +190,11 @@ impl Pace {
     fn fitted(load: &Load) -> Option<Self> {
         let row = measured(load.step_row_ms, 0.0) / 1e3;
         let base = measured(load.step_base_ms, 0.0) / 1e3;
-        (row > 0.0).then_some(Self {
-            token: row,
+        (base + row > 0.0).then_some(Self {
+            token: match measured(load.prompt_row_ms, 0.0) {
+                0.0 => 1.0 / prefill_tps(load),
+                row => row / 1e3,
+            },
             base,
             row: row.max(LEAST_ROW * base),
         })

@@ -233,6 +233,7 @@ pub(crate) fn load(load: &engine::Load) -> proto::Load {
         step_ms_p99: load.step_ms_p99,
         step_base_ms: load.step_base_ms,
         step_row_ms: load.step_row_ms,
+        prompt_row_ms: load.prompt_row_ms,
         // Saturates where no row has a chance.
         admit_milli: (load.draft_price * 1e3).round() as u32,
     }

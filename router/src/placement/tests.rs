@@ -70,6 +70,13 @@ fn a_step_costs_what_the_worker_says() {
     };
     assert!((seconds(&row(0)) - (0.1 + 0.11)).abs() < 1e-9);
     assert!((seconds(&row(5)) - (0.1 + 0.16)).abs() < 1e-9);
+    let priced = candidate(Load {
+        step_base_ms: 10.0,
+        prompt_row_ms: 2.0,
+        ..measured_load()
+    });
+    // Rows that look free cost a share of the base.
+    assert!((seconds(&priced) - (0.2 + 0.102)).abs() < 1e-9);
 }
 
 #[test]

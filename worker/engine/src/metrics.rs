@@ -131,6 +131,8 @@ impl EngineMetrics {
 pub(crate) struct StepStats {
     pub(crate) time: Duration,
     pub(crate) prefill_rows: usize,
+    /// Sum of the positions of the prefill rows.
+    pub(crate) prefill_depth: u64,
     pub(crate) decode_rows: usize,
     /// Output tokens made.
     pub(crate) output_tokens: usize,
@@ -236,6 +238,7 @@ mod tests {
             meter.add(&StepStats {
                 time: Duration::from_millis(if i % 10 == 0 { 50 } else { 10 }),
                 prefill_rows: if i % 10 == 0 { 200 } else { 0 },
+                prefill_depth: 0,
                 decode_rows: 4,
                 output_tokens: 4,
             });

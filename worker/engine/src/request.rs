@@ -180,11 +180,13 @@ pub struct Load {
     pub step_ms_p50: f64,
     /// 99th percentile of the same.
     pub step_ms_p99: f64,
-    /// A step of n rows takes about base + n · row, in milliseconds; both 0 before that is
-    /// known.
+    /// A step of n decode rows takes about base + n · row, in milliseconds; both 0 before that
+    /// is known.
     pub step_base_ms: f64,
     /// See `step_base_ms`.
     pub step_row_ms: f64,
+    /// What a prompt row adds to a step, in milliseconds; 0 before that is known.
+    pub prompt_row_ms: f64,
     /// The chance that one more draft row must have to be worth its time; above 1, none is.
     pub draft_price: f64,
 }

@@ -180,9 +180,7 @@ impl Stepper {
         if self.logits.len() < logits {
             self.logits.resize(logits, 0.0);
         }
-        let expected = self
-            .scheduler
-            .expected(self.batch.prefill_rows() + self.batch.decode_rows());
+        let expected = self.scheduler.expected(&self.batch);
         self.expected
             .store(expected.as_micros() as u64, Ordering::Relaxed);
         let result = self
@@ -207,6 +205,7 @@ impl Stepper {
         self.count(StepStats {
             time: self.now().saturating_duration_since(start),
             prefill_rows: self.batch.prefill_rows(),
+            prefill_depth: self.batch.prefill_depth(),
             decode_rows: self.batch.decode_rows(),
             output_tokens: made,
         });

@@ -30,6 +30,7 @@ pub(crate) struct BatchBuffer {
     logit_rows: Vec<u32>,
     slots: Vec<Slot>,
     prefill_rows: usize,
+    prefill_depth: u64,
 }
 
 impl BatchBuffer {
@@ -43,6 +44,7 @@ impl BatchBuffer {
         self.logit_rows.clear();
         self.slots.clear();
         self.prefill_rows = 0;
+        self.prefill_depth = 0;
         for role in [Role::Output, Role::Prompt] {
             for (index, sequence) in running.iter().enumerate() {
                 if sequence.planned > 0 && sequence.role(sequence.computed) == role {
@@ -56,6 +58,7 @@ impl BatchBuffer {
         let positions = sequence.computed..sequence.computed + sequence.planned;
         if !sequence.is_decoding() {
             self.prefill_rows += sequence.planned;
+            self.prefill_depth += positions.clone().map(|p| p as u64).sum::<u64>();
         }
         // They follow the last known token, which has a row of its own then.
         let drafts = sequence.drafting.rows();
@@ -110,6 +113,11 @@ impl BatchBuffer {
     /// Rows of known tokens.
     pub(crate) fn prefill_rows(&self) -> usize {
         self.prefill_rows
+    }
+
+    /// Sum of the positions of the rows of known tokens.
+    pub(crate) fn prefill_depth(&self) -> u64 {
+        self.prefill_depth
     }
 
     /// Rows of tokens made by the last step, and of drafts.

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use shoal_core::TokenId;
 
 pub(crate) use self::batch::{BatchBuffer, Slot};
-use self::chunk::StepTimeModel;
+use self::chunk::{Allowance, StepTimeModel};
 use crate::config::Limits;
 use crate::kv::KvPages;
 use crate::metrics::{EngineMetrics, StepStats};
@@ -40,6 +40,8 @@ enum Refusal {
 struct Budget {
     rows: usize,
     prefill: usize,
+    /// What prompt rows may take of the time.
+    allowance: Allowance,
     logits: usize,
 }
 
@@ -183,18 +185,21 @@ impl Scheduler {
     /// Decides the rows of the next step: `planned` of each running sequence. Gives what is left
     /// for drafts.
     pub(crate) fn plan(&mut self, now: Instant) -> Slack {
+        let mut drafted = 0;
         for sequence in &mut self.running {
             sequence.planned = 0;
+            drafted += sequence.drafting.rows().len();
         }
         let short = self.plan_decodes();
         let decodes: usize = self.running.iter().map(|s| s.planned).sum();
         let mut budget = Budget {
             rows: self.limits.step_rows - decodes,
-            prefill: match decodes {
-                0 => self.limits.prefill_chunk,
+            prefill: self.limits.prefill_chunk,
+            allowance: match decodes {
+                0 => Allowance::ANY,
                 _ => self
                     .model
-                    .chunk(decodes, self.limits.prefill_chunk, self.limits.itl_target),
+                    .allowance(decodes, drafted, self.limits.itl_target),
             },
             logits: self.limits.logit_rows - decodes,
         };
@@ -207,11 +212,17 @@ impl Scheduler {
             self.admit(&mut budget, now);
         }
         let prefill = self.running.iter().filter(|s| !s.is_decoding());
+        let prefill = prefill.map(|s| s.planned).sum();
+        let rows = match prefill {
+            _ if short => 0,
+            0 => budget.rows,
+            _ => budget.rows.min(budget.allowance.draft_rows()),
+        };
         Slack {
-            rows: if short { 0 } else { budget.rows },
+            rows,
             logits: budget.logits,
-            prefill: prefill.map(|s| s.planned).sum(),
-            row_seconds: self.model.fit().map(|(_, slope)| slope),
+            prefill,
+            row_seconds: self.model.draft_row(),
         }
     }
 
@@ -221,9 +232,13 @@ impl Scheduler {
         found.map(|sequence| &mut **sequence)
     }
 
-    /// What a step of so many rows is predicted to take.
-    pub(crate) fn expected(&self, rows: usize) -> Duration {
-        self.model.expected(rows)
+    /// What a step of such a batch is predicted to take.
+    pub(crate) fn expected(&self, batch: &BatchBuffer) -> Duration {
+        self.model.expected(
+            batch.decode_rows(),
+            batch.prefill_rows(),
+            batch.prefill_depth(),
+        )
     }
 
     /// Learns from a finished step.
@@ -233,7 +248,7 @@ impl Scheduler {
 
     /// Counts of the load; the meter adds the rates.
     pub(crate) fn load(&self) -> Load {
-        let (base, row) = self.model.fit().unwrap_or_default();
+        let (base, row) = self.model.decode_step().unwrap_or_default();
         Load {
             running: self.running.len() as u32,
             waiting: self.waiting.len() as u32,
@@ -241,6 +256,7 @@ impl Scheduler {
             kv_usage: self.kv.usage(),
             step_base_ms: base * 1e3,
             step_row_ms: row * 1e3,
+            prompt_row_ms: self.model.prompt_row().unwrap_or_default() * 1e3,
             ..Load::default()
         }
     }
@@ -393,10 +409,12 @@ impl Scheduler {
 }
 
 /// Plans as many known tokens of a sequence, all of its prompt or all of its output, as the
-/// budget holds. Rows whose logits are wanted are limited too.
+/// budget holds. Rows whose logits are wanted are limited too. Where time is what ended a chunk,
+/// no other begins.
 fn plan_prefill(sequence: &mut Sequence, budget: &mut Budget) {
     let rows = sequence.pending_of_a_role();
-    let mut rows = rows.min(budget.rows).min(budget.prefill);
+    let in_time = budget.allowance.rows(sequence.computed);
+    let mut rows = rows.min(budget.rows).min(budget.prefill).min(in_time);
     if sequence.scores_missing() {
         rows = rows.min(budget.logits);
     } else if budget.logits == 0 && sequence.samples_after(rows) {
@@ -405,6 +423,10 @@ fn plan_prefill(sequence: &mut Sequence, budget: &mut Budget) {
     sequence.planned = rows;
     budget.rows -= rows;
     budget.prefill -= rows;
+    budget.allowance.take(rows, sequence.computed);
+    if rows == in_time {
+        budget.prefill = 0;
+    }
     budget.logits -= sequence.scoring_rows(rows).len() + usize::from(sequence.samples_after(rows));
 }
 

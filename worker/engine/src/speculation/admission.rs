@@ -32,7 +32,7 @@ pub(crate) struct Slack {
     pub(crate) logits: usize,
     /// Prompt rows of the step.
     pub(crate) prefill: usize,
-    /// Seconds of a prompt row, where they are known.
+    /// Seconds of a draft row beside prompt rows, where they are known.
     pub(crate) row_seconds: Option<f64>,
 }
 
@@ -128,7 +128,6 @@ impl Speculator {
             return 0;
         };
         if slack.prefill > 0 {
-            // Beside prompt rows a row costs what they do, whatever it costs alone.
             let Some(row) = slack.row_seconds else {
                 return 0;
             };

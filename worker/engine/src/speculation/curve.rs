@@ -68,7 +68,7 @@ impl StepCurve {
         };
         cell.steps += 1.0;
         cell.seconds += (sound - cell.seconds) * (1.0 / cell.steps).max(SLOWEST);
-        self.line.add((decodes + drafts) as f64, sound);
+        self.line.add(1.0, (decodes + drafts) as f64, sound);
     }
 
     /// The curve of so many sequences; `None` before the first step of that kind.
