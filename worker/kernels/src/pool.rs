@@ -1,14 +1,17 @@
 //! A persistent pool for fork–join phases of a few microseconds.
 //!
 //! One thread drives: it calls [`Pool::phase`] again and again, and works on each phase
-//! itself. Between the phases of a step the pool's threads spin, so a phase costs two cache
+//! itself. Between the phases of a step the pool's threads spin, so a phase costs a few cache
 //! line transfers; after 50 µs without one they sleep on a futex, because on a small machine
-//! the network threads need the cores too. Items are shared out dynamically and a phase waits
-//! for its items, not for its threads: one that the system lets not run takes no part, and one
-//! that it takes away delays its current item only.
+//! the network threads need the cores too. Every thread begins with a stretch of items of its
+//! own, which lie side by side in memory as a rule and cost no transfer to take, and then takes
+//! from the ends of the others' stretches. A phase waits for its items, not for its threads: one
+//! that the system lets not run takes no part, and one that it takes away delays its current
+//! item only.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -73,23 +76,57 @@ impl Signal {
     }
 }
 
-/// What a phase runs, with its lifetime erased.
-#[derive(Clone, Copy)]
-struct Job {
-    /// Takes the number of the thread and the item.
-    item: *const (dyn Fn(usize, usize) + Sync),
-    items: u32,
-}
+/// What a phase runs, with its lifetime erased. Takes the number of the thread and the item.
+type Job = *const (dyn Fn(usize, usize) + Sync);
 
 fn nothing(_: usize, _: usize) {}
 
-struct Shared {
+/// A stretch of items that nobody has yet: its first in the lower half, its end in the upper.
+#[derive(Default)]
+struct Stretch(AtomicU64);
+
+impl Stretch {
+    fn set(&self, items: Range<u32>) {
+        let word = u64::from(items.end) << 32 | u64::from(items.start);
+        self.0.store(word, Ordering::Release);
+    }
+
+    /// Takes an item: the first, or the last. It is one of the current phase, whichever was
+    /// when the caller came: the stretches of a phase are empty before those of the next are set.
+    fn take(&self, first: bool) -> Option<u32> {
+        let mut seen = self.0.load(Ordering::Acquire);
+        loop {
+            let (start, end) = (seen as u32, (seen >> 32) as u32);
+            if start == end {
+                return None;
+            }
+            let (item, rest) = match first {
+                true => (start, seen + 1),
+                false => (end - 1, seen - (1 << 32)),
+            };
+            match self
+                .0
+                .compare_exchange_weak(seen, rest, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => return Some(item),
+                Err(now) => seen = now,
+            }
+        }
+    }
+}
+
+/// A call to work.
+struct Call {
+    /// Rises by one with every phase.
+    round: Signal,
     /// Written by the driver between phases; read by who has an item of the current one.
     job: UnsafeCell<Job>,
-    /// The number of the current phase, and how many of its items nobody has yet.
-    open: Line<AtomicU64>,
-    /// Rises by one with every phase.
-    round: Line<Signal>,
+}
+
+struct Shared {
+    call: Line<Call>,
+    /// Of every thread.
+    open: Box<[Line<Stretch>]>,
     /// Items of the current phase that have ended.
     ended: Line<Signal>,
     panicked: AtomicBool,
@@ -104,33 +141,20 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Shared {
-    /// Takes an item of the current phase; how many were left, that one included.
-    fn take(&self) -> Option<u32> {
-        let open = &self.open.0;
-        let mut seen = open.load(Ordering::Acquire);
-        loop {
-            let left = seen as u32;
-            if left == 0 {
-                return None;
-            }
-            // The number of the phase in the upper half makes this fail if it is another.
-            match open.compare_exchange_weak(seen, seen - 1, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return Some(left),
-                Err(now) => seen = now,
-            }
-        }
+    /// Takes an item of the current phase: the next of the thread's own, or somebody's last.
+    fn take(&self, thread: usize) -> Option<u32> {
+        let others = (1..self.open.len()).map(|next| (thread + next) % self.open.len());
+        let own = self.open[thread].0.take(true);
+        own.or_else(|| others.into_iter().find_map(|i| self.open[i].0.take(false)))
     }
 
     /// Runs items of the current phase until none is left; what the last panic said.
     fn work(&self, thread: usize) -> Option<Box<dyn Any + Send>> {
         let (mut panic, mut count) = (None, 0);
-        while let Some(left) = self.take() {
+        while let Some(item) = self.take(thread) {
             // SAFETY: this thread has an item, so the driver leaves the job and its closure.
-            let (item, items) = unsafe {
-                let job = *self.job.get();
-                (&*job.item, job.items)
-            };
-            let run = AssertUnwindSafe(|| item(thread, (items - left) as usize));
+            let job = unsafe { &**self.call.0.job.get() };
+            let run = AssertUnwindSafe(|| job(thread, item as usize));
             if let Err(cause) = catch_unwind(run) {
                 panic = Some(cause);
             }
@@ -148,8 +172,8 @@ impl Shared {
     fn serve(&self, thread: usize) {
         let mut seen = 0;
         loop {
-            self.round.0.wait(|round| round != seen);
-            seen = self.round.0.word.load(Ordering::Acquire);
+            self.call.0.round.wait(|round| round != seen);
+            seen = self.call.0.round.word.load(Ordering::Acquire);
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
@@ -168,13 +192,13 @@ impl Pool {
     /// A pool of `threads` threads (at least one); whoever calls [`phase`](Self::phase) is the
     /// first.
     pub fn new(threads: usize) -> std::io::Result<Self> {
+        let threads = threads.max(1);
         let shared = Arc::new(Shared {
-            job: UnsafeCell::new(Job {
-                item: &nothing,
-                items: 0,
+            call: Line(Call {
+                round: Signal::default(),
+                job: UnsafeCell::new(&nothing),
             }),
-            open: Line::default(),
-            round: Line::default(),
+            open: (0..threads).map(|_| Line::default()).collect(),
             ended: Line::default(),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -183,7 +207,7 @@ impl Pool {
             shared,
             threads: Vec::new(),
         };
-        for index in 1..threads.max(1) {
+        for index in 1..threads {
             let shared = Arc::clone(&pool.shared);
             let thread = std::thread::Builder::new()
                 .name(format!("compute-{index}"))
@@ -233,18 +257,19 @@ impl Pool {
             return;
         }
         assert!(u32::try_from(items).is_ok());
-        let (shared, items) = (&*self.shared, items as u32);
+        let (shared, threads, items) = (&*self.shared, self.threads(), items as u32);
         let item: *const (dyn Fn(usize, usize) + Sync + '_) = &item;
         // SAFETY: only the lifetime changes; this function waits for every item to end before
         // it returns or unwinds, and a thread uses the closure for an item alone.
         let item: *const (dyn Fn(usize, usize) + Sync) = unsafe { std::mem::transmute(item) };
         // SAFETY: every item of the phase before has ended, so no thread reads the cell.
-        unsafe { *shared.job.get() = Job { item, items } };
+        unsafe { *shared.call.0.job.get() = item };
         shared.ended.0.word.store(0, Ordering::Relaxed);
-        let number = shared.round.0.word.load(Ordering::Relaxed).wrapping_add(1);
-        let open = u64::from(number) << 32 | u64::from(items);
-        shared.open.0.store(open, Ordering::Release);
-        shared.round.0.raise(1);
+        let start = |thread: usize| (u64::from(items) * thread as u64 / threads as u64) as u32;
+        for (thread, stretch) in shared.open.iter().enumerate() {
+            stretch.0.set(start(thread)..start(thread + 1));
+        }
+        shared.call.0.round.raise(1);
         let own = shared.work(0);
         shared.ended.0.wait(|ended| ended == items);
         let panicked = shared.panicked.swap(false, Ordering::AcqRel);
@@ -258,7 +283,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
-        self.shared.round.0.raise(1);
+        self.shared.call.0.round.raise(1);
         for thread in self.threads.drain(..) {
             // The threads catch the panics of their items; there is nothing to learn here.
             let _ = thread.join();
@@ -342,7 +367,7 @@ mod tests {
     fn sleeping_threads_wake() {
         let mut pool = Pool::new(3).unwrap();
         for _ in 0..3 {
-            while pool.shared.round.0.sleepers.load(Ordering::SeqCst) < 2 {
+            while pool.shared.call.0.round.sleepers.load(Ordering::SeqCst) < 2 {
                 std::thread::yield_now();
             }
             let ran = AtomicUsize::new(0);

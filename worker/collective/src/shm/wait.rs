@@ -11,9 +11,12 @@ use rustix::thread::futex;
 use super::segment::{Header, Segment};
 use crate::CollectiveError;
 
-/// How long a rank spins before it sleeps: longer than the ranks of a step are apart, and short
-/// enough to leave the core to others.
-const SPIN: Duration = Duration::from_micros(20);
+/// How long a rank spins before it sleeps within a step: longer than uneven shares of a layer
+/// are apart, as a sleeper is late for the next one.
+const SPIN: Duration = Duration::from_micros(250);
+
+/// The same where nobody waits for the result, between steps.
+const SPIN_AT_REST: Duration = Duration::from_micros(50);
 
 /// Between looks at the other ranks while asleep: the death of a process wakes nobody.
 const NAP: Timespec = Timespec {
@@ -118,6 +121,10 @@ impl Peers {
             return Ok(());
         }
         let started = Instant::now();
+        let (spin, nap) = match patience {
+            Some(_) => (SPIN, NAP),
+            None => (SPIN_AT_REST, REST),
+        };
         loop {
             for _ in 0..64 {
                 std::hint::spin_loop();
@@ -125,11 +132,10 @@ impl Peers {
                     return Ok(());
                 }
             }
-            if started.elapsed() > SPIN {
+            if started.elapsed() > spin {
                 break;
             }
         }
-        let nap = if patience.is_some() { NAP } else { REST };
         loop {
             self.check(segment)?;
             if sleep(header, target, &nap) {
