@@ -6,8 +6,8 @@
 
 Four kinds of answer: free chat; quotations of an article in the prompt; support answers that other
 users were given before, but for an order number; near-verbatim repetition of an earlier answer. Each
-is asked with drafts off and on in turns, one stream, at temperature 0 and 0.7 with the same seeds, so both arms make the
-same tokens; the run ends where they do not. tok/s is decoding alone: the tokens after the first text by
+is asked with drafts off and on in turns, one stream, at temperature 0 and 0.7 with the same seeds. Both arms of Shoal
+make the same tokens; the run ends where they do not. tok/s is decoding alone: the tokens after the first text by
 the time after it. A step of Shoal's engine sends one event, so tokens per event are those per step.
 Answers end where the model ends them, at 160 tokens at most; those of less than 16 do not count.
 Distinct 4-grams tell how much a text loops, those of the prompt how much it quotes. llama.cpp and vLLM run
@@ -16,6 +16,7 @@ with each of their n-gram drafters beside their own plain decoding, installed as
 
 import argparse
 import datetime
+import itertools
 import json
 import pathlib
 import statistics
@@ -120,6 +121,17 @@ def novelty(text, messages):
 
 
 def shoal(binary, repeats, rows):
+    arms = {(temperature, kind): {"off": [], "auto": []} for temperature in (0, 0.7) for kind in KINDS}
+    for repeat in range(repeats):
+        for temperature in (0, 0.7):
+            fresh_shoal(binary, repeat, temperature, arms)
+    for (temperature, kind), taken in arms.items():
+        rows.append(("Shoal", kind, temperature, taken["off"], taken["auto"]))
+        print(line(*rows[-1]), flush=True)
+
+
+def fresh_shoal(binary, repeat, temperature, arms):
+    """One repeat on a server that has seen no answers but templates: those of other repeats would be drafts."""
     port = free_port()
     server = Server([binary, "up", "--listen", f"127.0.0.1:{port}", "--log", "error"], port)
     try:
@@ -127,24 +139,19 @@ def shoal(binary, repeats, rows):
         for user in range(3):
             for i in range(4):
                 ask(server, prompts("template", i, user), temperature=0, user=f"user {user}")
-        for temperature in (0, 0.7):
-            for kind in KINDS:
-                arms = {"off": [], "auto": []}
-                for repeat in range(repeats):
-                    for i in range(4):
-                        texts, taken = {}, {}
-                        for arm in ("off", "auto") if (repeat + i) % 2 else ("auto", "off"):
-                            messages = prompts(kind, i, 3 + repeat)
-                            text, *measured, _ = ask(
-                                server, messages, temperature=temperature, seed=7 * i + repeat,
-                                speculation=arm, user=f"{kind} {temperature} {repeat} {i} {arm}")
-                            texts[arm] = text
-                            taken[arm] = (*measured, *novelty(text, messages))
-                        if texts["off"] != texts["auto"]:
-                            raise SystemExit("drafts changed an answer")
-                        keep(arms, taken)
-                rows.append(("Shoal", kind, temperature, arms["off"], arms["auto"]))
-                print(line(*rows[-1]), flush=True)
+        for kind in KINDS:
+            for i in range(4):
+                texts, taken = {}, {}
+                for arm in ("off", "auto") if (repeat + i) % 2 else ("auto", "off"):
+                    messages = prompts(kind, i, 3 + repeat)
+                    text, *measured, _ = ask(
+                        server, messages, temperature=temperature, seed=7 * i + repeat,
+                        speculation=arm, user=f"{kind} {i} {arm}")
+                    texts[arm] = text
+                    taken[arm] = (*measured, *novelty(text, messages))
+                if texts["off"] != texts["auto"]:
+                    raise SystemExit("drafts changed an answer")
+                keep(arms[temperature, kind], taken)
     finally:
         server.stop()
 
@@ -156,17 +163,18 @@ def beside_itself(peer, drafters, repeats, rows):
         try:
             for arm, more in (("off", ()), ("on", flags)):
                 servers[arm] = peer.start(1, *more)
-            for kind in KINDS:
+            for temperature, kind in itertools.product((0, 0.7), KINDS):
                 arms = {"off": [], "on": []}
                 for repeat in range(repeats):
                     for i in range(4):
                         taken = {}
                         for arm in ("off", "on") if (repeat + i) % 2 else ("on", "off"):
                             messages = prompts(kind, i, 3 + repeat)
-                            text, *measured, _ = ask(servers[arm], messages, temperature=0)
+                            text, *measured, _ = ask(
+                                servers[arm], messages, temperature=temperature, seed=7 * i + repeat)
                             taken[arm] = (*measured, *novelty(text, messages))
                         keep(arms, taken)
-                rows.append((f"{peer.name} {drafter}", kind, 0, arms["off"], arms["on"]))
+                rows.append((f"{peer.name} {drafter}", kind, temperature, arms["off"], arms["on"]))
                 print(line(*rows[-1]), flush=True)
         finally:
             for server in servers.values():
@@ -203,10 +211,9 @@ def main():
         shoal(args.shoal, args.repeats, rows)
     for name, drafters in DRAFTERS.items():
         if name in names:
-            beside_itself(peer_servers.ALL[name](args), drafters, 1, rows)
+            beside_itself(peer_servers.ALL[name](args), drafters, args.repeats, rows)
     cpu = next(l.split(":", 1)[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
-    table = [BEGIN, f"{datetime.date.today()}, {cpu}, one stream; {4 * args.repeats} pairs each (4 of a peer), "
-             "medians [least–most].", "",
+    table = [BEGIN, f"{datetime.date.today()}, {cpu}, one stream; {4 * args.repeats} pairs each, medians [least–most].", "",
              "| server | text | T | off tok/s | drafts tok/s | × | tokens per event "
              "| distinct 4-grams | of the prompt |",
              "|---|---|---|---|---|---|---|---|---|", *(line(*row) for row in rows), END]
