@@ -35,7 +35,7 @@ class Server:
             while not self.healthy():
                 if self.process.poll() is not None or time.monotonic() > end:
                     raise RuntimeError(f"{pathlib.Path(command[0]).name} did not come up")
-                time.sleep(0.02)
+                time.sleep(0.005)
             with urllib.request.urlopen(self.url + "/v1/models", timeout=10) as answer:
                 self.model = json.load(answer)["data"][0]["id"]
         except BaseException:
