@@ -143,9 +143,10 @@ unsafe impl Send for Shared {}
 impl Shared {
     /// Takes an item of the current phase: the next of the thread's own, or somebody's last.
     fn take(&self, thread: usize) -> Option<u32> {
-        let others = (1..self.open.len()).map(|next| (thread + next) % self.open.len());
+        let threads = self.open.len();
+        let mut others = (1..threads).map(|next| &self.open[(thread + next) % threads].0);
         let own = self.open[thread].0.take(true);
-        own.or_else(|| others.into_iter().find_map(|i| self.open[i].0.take(false)))
+        own.or_else(|| others.find_map(|other| other.take(false)))
     }
 
     /// Runs items of the current phase until none is left; what the last panic said.

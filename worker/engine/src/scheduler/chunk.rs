@@ -110,11 +110,8 @@ impl StepTimeModel {
     pub(super) fn allowance(&self, decodes: usize, drafted: usize, target: Duration) -> Allowance {
         let (Some(prices), Some(draft_row)) = (self.prices(), self.draft_row()) else {
             return Allowance {
-                seconds: 0.0,
-                drafts: 0.0,
                 least: LEAST,
-                prices: (0.0, 0.0),
-                draft_row: 0.0,
+                ..Allowance::NONE
             };
         };
         let left = (AIM * target.as_secs_f64() - self.decodes(decodes)).max(0.0);
@@ -164,13 +161,19 @@ pub(super) struct Allowance {
 }
 
 impl Allowance {
+    const NONE: Self = Self {
+        seconds: 0.0,
+        drafts: 0.0,
+        least: 0,
+        prices: (0.0, 0.0),
+        draft_row: 0.0,
+    };
+
     /// Room for any number: nobody waits for the step.
     pub(super) const ANY: Self = Self {
         seconds: f64::MAX,
-        drafts: 0.0,
         least: usize::MAX,
-        prices: (0.0, 0.0),
-        draft_row: 0.0,
+        ..Self::NONE
     };
 
     /// Rows that fit from position `depth` on: the `n` with `n · row + (n · depth + n² / 2) ·

@@ -113,10 +113,14 @@ impl PoolShape {
     /// Pages whose layers alternate.
     const RUN: usize = 8;
 
+    /// Words of a page of all layers.
+    pub(crate) fn page_words(&self) -> usize {
+        self.layers * self.heads * self.kv.page_words(self.dim)
+    }
+
     /// Words of so many pages.
     pub(crate) fn words(&self, pages: usize) -> usize {
-        let page = self.layers * self.heads * self.kv.page_words(self.dim);
-        pages.next_multiple_of(Self::RUN) * page
+        pages.next_multiple_of(Self::RUN) * self.page_words()
     }
 
     /// Pages that so many words hold.

@@ -46,6 +46,15 @@ impl Heads {
     }
 }
 
+fn shape(kv: KvType, heads: Heads, layers: usize) -> PoolShape {
+    PoolShape {
+        kv,
+        layers,
+        heads: heads.kv,
+        dim: heads.dim,
+    }
+}
+
 /// Pages of every layer, all of one size, where [`PoolShape`] puts them.
 pub struct KvPool {
     arena: Arena,
@@ -57,17 +66,12 @@ pub struct KvPool {
 impl KvPool {
     /// Bytes of one page of all layers.
     pub fn page_bytes(kv: KvType, heads: Heads, layers: usize) -> usize {
-        layers * heads.kv * kv.page_words(heads.dim) * 4
+        shape(kv, heads, layers).page_words() * 4
     }
 
     /// `pages` zeroed pages for each of `layers` layers.
     pub fn new(kv: KvType, heads: Heads, layers: usize, pages: usize) -> io::Result<Self> {
-        let shape = PoolShape {
-            kv,
-            layers,
-            heads: heads.kv,
-            dim: heads.dim,
-        };
+        let shape = shape(kv, heads, layers);
         Ok(Self {
             arena: Arena::new(shape.words(pages) * 4)?,
             heads,
