@@ -186,15 +186,14 @@ struct Pace {
 }
 
 impl Pace {
-    /// As the worker has fitted it to its steps.
-    fn fitted(load: &Load) -> Option<Self> {
+    /// As the worker has fitted it to its steps, and `token` where it has not seen enough
+    /// prompts yet.
+    fn fitted(load: &Load, token: Option<f64>) -> Option<Self> {
         let row = measured(load.step_row_ms, 0.0) / 1e3;
         let base = measured(load.step_base_ms, 0.0) / 1e3;
+        let token = prompt_token(load).or(token);
         (base + row > 0.0).then_some(Self {
-            token: match measured(load.prompt_row_ms, 0.0) {
-                0.0 => 1.0 / prefill_tps(load),
-                row => row / 1e3,
-            },
+            token: token.unwrap_or_else(|| 1.0 / prefill_tps(load)),
             base,
             row: row.max(LEAST_ROW * base),
         })
@@ -209,21 +208,24 @@ impl Pace {
         }
     }
 
-    fn mean(paces: impl Iterator<Item = Self>) -> Option<Self> {
-        let mut sum = Self::default();
-        let mut count = 0.0;
-        for pace in paces {
-            sum.token += pace.token;
-            sum.base += pace.base;
-            sum.row += pace.row;
-            count += 1.0;
-        }
-        (count > 0.0).then(|| Self {
-            token: sum.token / count,
-            base: sum.base / count,
-            row: sum.row / count,
+    fn mean(paces: impl Iterator<Item = Self> + Clone) -> Option<Self> {
+        Some(Self {
+            token: mean(paces.clone().map(|pace| pace.token))?,
+            base: mean(paces.clone().map(|pace| pace.base))?,
+            row: mean(paces.map(|pace| pace.row))?,
         })
     }
+}
+
+/// Seconds of a prompt's token, as the worker has measured it.
+fn prompt_token(load: &Load) -> Option<f64> {
+    let row = measured(load.prompt_row_ms, 0.0) / 1e3;
+    (row > 0.0).then_some(row)
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let (sum, count) = values.fold((0.0, 0.0), |(sum, count), value| (sum + value, count + 1.0));
+    (count > 0.0).then(|| sum / count)
 }
 
 /// The index of the candidate that `routing` takes; `turn` counts the choices so far.
@@ -253,10 +255,11 @@ pub(crate) fn choose(
 /// equal, then the first. A worker that has not got to know itself yet is taken for an average
 /// one: it would never be tried if it were taken for a slow one.
 fn cheapest(candidates: &[Candidate], work: &Work) -> Option<usize> {
-    let fitted = || candidates.iter().filter_map(|c| Pace::fitted(&c.load));
-    let mean = Pace::mean(fitted());
+    let token = mean(candidates.iter().filter_map(|c| prompt_token(&c.load)));
+    let fitted = |c: &Candidate| Pace::fitted(&c.load, token);
+    let average = Pace::mean(candidates.iter().filter_map(fitted));
     let pace = |c: &Candidate| {
-        let own = Pace::fitted(&c.load).or(mean);
+        let own = fitted(c).or(average);
         own.unwrap_or_else(|| Pace::of_rates(&c.load))
     };
     let backlogs = candidates.iter().map(|c| c.backlog(&pace(c), work));

@@ -40,7 +40,7 @@ fn nobody_is_no_choice() {
 }
 
 fn seconds(candidate: &Candidate) -> f64 {
-    let pace = Pace::fitted(&candidate.load);
+    let pace = Pace::fitted(&candidate.load, None);
     let pace = pace.unwrap_or_else(|| Pace::of_rates(&candidate.load));
     candidate.seconds(&pace, &WORK, 0.0)
 }
@@ -88,6 +88,22 @@ fn a_worker_that_has_done_nothing_counts_as_an_average_one() {
         ..Load::default()
     });
     assert_eq!(cheapest(&[busy, candidate(Load::default())]), 1);
+}
+
+#[test]
+fn a_worker_that_has_seen_few_prompts_counts_as_an_average_one() {
+    let worker = |prompt_row_ms, prefill_tps| {
+        candidate(Load {
+            step_base_ms: 10.0,
+            prompt_row_ms,
+            prefill_tps,
+            ..Load::default()
+        })
+    };
+    // Its one prompt was short, and took as long as a step does.
+    let mut workers = [worker(0.5, 2000.0), worker(0.0, 100.0)];
+    workers[0].placed.sequences = 1;
+    assert_eq!(cheapest(&workers), 1);
 }
 
 #[test]

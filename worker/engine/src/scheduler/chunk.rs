@@ -13,6 +13,9 @@ const FADE: f64 = 0.98;
 const FADE_PROMPT: f64 = 0.999;
 /// Steps measured before their line is believed.
 const WARM_UP: f64 = 8.0;
+/// Prompt rows measured before others are told of their price: that of the first few has in it
+/// what a step takes anyway.
+const WARM_PROMPT: f64 = 256.0;
 /// Share of the target that is planned for, as times waver.
 const AIM: f64 = 0.9;
 /// Prompt rows that every step may add, whatever they cost: prompts must come to an end.
@@ -75,8 +78,14 @@ impl StepTimeModel {
         (slope > 0.0).then_some((base.max(0.0), slope))
     }
 
+    /// Seconds of a prompt row at the depths of late, once enough were measured.
+    pub(super) fn settled_prompt_row(&self) -> Option<f64> {
+        let settled = self.prompt.weight() >= WARM_PROMPT;
+        self.prompt_row().filter(|_| settled)
+    }
+
     /// Seconds of a prompt row at the depths of late.
-    pub(super) fn prompt_row(&self) -> Option<f64> {
+    fn prompt_row(&self) -> Option<f64> {
         self.prompt.means().map(|(_, seconds)| seconds)
     }
 
@@ -268,6 +277,19 @@ mod tests {
         }
         let deep = model.allowance(0, 0, Duration::from_millis(20)).rows(2000);
         assert!(deep.abs_diff(200) < 50, "{deep}");
+    }
+
+    #[test]
+    fn a_price_of_few_rows_is_not_told() {
+        let mut model = StepTimeModel::default();
+        model.add(&step(15_000.0, 0, 2, 0));
+        assert_eq!(model.settled_prompt_row(), None);
+        model.add(&step(15_000.0, 1, 0, 0));
+        for _ in 0..10 {
+            model.add(&step(15_000.0 + 32.0 * 500.0, 0, 32, 0));
+        }
+        let row = model.settled_prompt_row().unwrap_or_default() * 1e6;
+        assert!((row - 500.0).abs() < 60.0, "{row}");
     }
 
     #[test]

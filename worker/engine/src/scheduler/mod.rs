@@ -256,7 +256,7 @@ impl Scheduler {
             kv_usage: self.kv.usage(),
             step_base_ms: base * 1e3,
             step_row_ms: row * 1e3,
-            prompt_row_ms: self.model.prompt_row().unwrap_or_default() * 1e3,
+            prompt_row_ms: self.model.settled_prompt_row().unwrap_or_default() * 1e3,
             ..Load::default()
         }
     }
