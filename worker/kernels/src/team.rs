@@ -3,6 +3,7 @@
 use crate::Isa;
 use crate::attention::{self, MAX_QUERIES};
 use crate::gemm::{Panel, ROW_BLOCK};
+use crate::lines::Lines;
 use crate::pool::Pool;
 
 /// Columns of a gate and an up projection whose products are one block of activations.
@@ -19,7 +20,7 @@ pub struct Team {
 /// What one thread writes and reads within an item.
 pub(crate) struct Scratch {
     /// A row of a model, or some columns of a block of rows, or the results of queries.
-    pub(crate) tile: Vec<f32>,
+    pub(crate) tile: Lines,
     /// Weights of a few strips, widened.
     pub(crate) panel: Panel,
     pub(crate) attention: attention::Scratch,
@@ -39,7 +40,7 @@ impl Team {
             .max(ROW_BLOCK * head_dim.max(GATED))
             .max(MAX_QUERIES * head_dim);
         let scratch = (0..pool.threads()).map(|_| Scratch {
-            tile: vec![0.0; tile],
+            tile: Lines::new(tile),
             panel: Panel::default(),
             attention: attention::Scratch::new(head_dim),
         });

@@ -2,8 +2,8 @@
 
 use std::marker::PhantomData;
 
-use super::SPAN;
 use super::store::{KvType, MOST_INT16};
+use super::{Place, SPAN};
 use crate::bf16::Pairs;
 use crate::int16;
 use crate::quant::scales;
@@ -43,9 +43,9 @@ pub(super) trait Kept<L: Lanes> {
     /// What the numbers of sixteen tokens were divided by, from `token` on; 0 beyond the first
     /// `n` of them, whatever the page had there. `None` if they were not.
     unsafe fn scales(half: *const u32, hd: usize, token: usize, n: usize) -> Option<L>;
-    /// Makes weights the pairs that values are multiplied with; gives what the sums are to be
-    /// multiplied with.
-    unsafe fn weigh(weights: [L; VECTORS], out: *mut Self::By) -> f32;
+    /// Makes the weights of queries the pairs that values are multiplied with; gives what the sums
+    /// are to be multiplied with.
+    unsafe fn weigh<const R: usize>(weights: [[L; VECTORS]; R], out: *mut Place) -> [f32; R];
 
     /// Where sixteen pairs lie, from the pair `at` on.
     #[inline(always)]
@@ -93,12 +93,17 @@ impl<L: Lanes, P: Pairs<L>> Kept<L> for Bf16<P> {
         None
     }
     #[inline(always)]
-    unsafe fn weigh(weights: [L; VECTORS], out: *mut P::By) -> f32 {
-        for (j, weights) in weights.into_iter().enumerate() {
-            // SAFETY: the caller vouches for the pairs of a span.
-            unsafe { P::put(weights, out.add(j * LANES / 2)) };
+    unsafe fn weigh<const R: usize>(weights: [[L; VECTORS]; R], out: *mut Place) -> [f32; R] {
+        for (r, weights) in weights.into_iter().enumerate() {
+            for (j, weights) in weights.into_iter().enumerate() {
+                // SAFETY: the caller vouches for the pairs of a span of every query.
+                unsafe {
+                    let row = out.add(r * (SPAN / 2)).cast::<P::By>();
+                    P::put(weights, row.add(j * LANES / 2));
+                }
+            }
         }
-        1.0
+        [1.0; R]
     }
 }
 
@@ -165,9 +170,9 @@ impl<L: int16::Int16, const PAIRS: usize> Kept<L> for Integers<PAIRS> {
         }
     }
     #[inline(always)]
-    unsafe fn weigh(weights: [L; VECTORS], out: *mut u32) -> f32 {
-        // SAFETY: the caller vouches for the pairs of a span.
-        unsafe { quantised(weights, out.cast()) }
+    unsafe fn weigh<const R: usize>(weights: [[L; VECTORS]; R], out: *mut Place) -> [f32; R] {
+        // SAFETY: the caller vouches for the pairs of a span of every query.
+        unsafe { quantised(weights, out) }
     }
 }
 
@@ -176,18 +181,31 @@ impl<L: int16::Int16, const PAIRS: usize> Kept<L> for Integers<PAIRS> {
 /// # Safety
 /// As [`Lanes`].
 #[inline(always)]
-unsafe fn quantised<L: int16::Int16>(weights: [L; VECTORS], out: *mut i16) -> f32 {
-    let [a, b, c, d] = weights;
-    // SAFETY: the caller vouches for the numbers of a span.
+unsafe fn quantised<L: int16::Int16, const R: usize>(
+    weights: [[L; VECTORS]; R],
+    out: *mut Place,
+) -> [f32; R] {
+    let mut factors = [0.0; R];
+    let mut inverses = [0.0; R];
+    // SAFETY: the caller vouches for the numbers of a span of every query.
     unsafe {
-        let max = a.max(b).max(c.max(d)).maximum();
-        let (scale, inverse) = scales(max.to_bits(), MOST_WEIGHT);
-        let inverse = L::splat(inverse);
-        for (j, weights) in weights.into_iter().enumerate() {
-            weights.mul(inverse).put(out.add(j * LANES));
+        for r in 0..R {
+            let [a, b, c, d] = weights[r];
+            let max = a.max(b).max(c.max(d)).maximum();
+            (factors[r], inverses[r]) = scales(max.to_bits(), MOST_WEIGHT);
         }
-        // A maximum may pass over what is no number; a sum does not.
-        let sum = a.add(b).add(c.add(d)).sum();
-        scale + 0.0 * sum
+        for r in 0..R {
+            let inverse = L::splat(inverses[r]);
+            let row = out.add(r * (SPAN / 2)).cast::<i16>();
+            for (j, weights) in weights[r].into_iter().enumerate() {
+                weights.mul(inverse).put(row.add(j * LANES));
+            }
+        }
+        for r in 0..R {
+            // A maximum may pass over what is no number; a sum does not.
+            let [a, b, c, d] = weights[r];
+            factors[r] += 0.0 * a.add(b).add(c.add(d)).sum();
+        }
     }
+    factors
 }

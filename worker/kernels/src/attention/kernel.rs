@@ -5,20 +5,20 @@
 
 use std::ops::Range;
 
-use super::kept::{Bf16, Int8, Int16, Kept, VECTORS};
+use super::kept::{Bf16, Int8, Int16, Kept};
 use super::merge::{Softmax, add, divide};
+use super::weights::weights;
 use super::{
     KvType, MAX_QUERIES, PAGE, Pages, Place, Query, SPAN, Scratch, longest, partial_width,
 };
 use crate::bf16::{Fused, Pairs};
 use crate::int16;
-use crate::math::exp2;
 use crate::simd::{LANES, Lanes};
 
 /// Queries whose sums fit in the registers.
 const ROWS: usize = 4;
 /// Vectors of scores in a page.
-const TILES: usize = PAGE / LANES;
+pub(super) const TILES: usize = PAGE / LANES;
 
 /// # Safety
 /// See [`Lanes`]; shapes as [`attend`] checks them.
@@ -113,7 +113,7 @@ unsafe fn spread<L: int16::Int16, P: Pairs<L>>(
 unsafe fn spread_to<L: Lanes, K: Kept<L>>(queries: &[Query<'_>], scratch: &mut Scratch) {
     let width = queries[0].q.len();
     for (i, query) in queries.iter().enumerate() {
-        let pairs = row(&mut scratch.queries, i, width).cast::<K::By>();
+        let pairs = row(places(&mut scratch.queries), i, width).cast::<K::By>();
         for (j, &word) in query.q.iter().enumerate() {
             // SAFETY: there is room for the pairs of every query.
             unsafe { pairs.add(j).write(K::by(word)) };
@@ -143,9 +143,9 @@ unsafe fn any_span<L: int16::Int16, P: Pairs<L>>(
     }
 }
 
-/// Attends to one span with the queries that were [spread]; the weighted sums are in
-/// `scratch.span`. Queries that do not reach the
-/// span have no weights, and sums of no meaning.
+/// Attends to one span with the queries that were [spread], while memory is asked for the next;
+/// the weighted sums are in `scratch.span`. Queries that do not reach the span have no weights,
+/// and sums of no meaning.
 ///
 /// # Safety
 /// See [`Lanes`]; shapes as [`attend`] checks them.
@@ -161,6 +161,7 @@ unsafe fn span<L: Lanes, K: Kept<L>>(
     let page = |i: usize| pages.page((start / PAGE + i).min(last - 1));
     let pages: [*const u32; SPAN / PAGE] = std::array::from_fn(page);
     let next: [*const u32; SPAN / PAGE] = std::array::from_fn(|i| page(SPAN / PAGE + i));
+    let both = (&pages, &next);
     let mut lens = [0usize; MAX_QUERIES];
     for (len, query) in lens.iter_mut().zip(queries) {
         *len = query.len.saturating_sub(start).min(SPAN);
@@ -173,41 +174,53 @@ unsafe fn span<L: Lanes, K: Kept<L>>(
         for i in (0..n).step_by(ROWS) {
             let lens = &lens[i..];
             let (q, s) = (
-                row(&mut scratch.queries, i, hd / 2).cast_const(),
+                row(places(&mut scratch.queries), i, hd / 2).cast_const(),
                 row(&mut scratch.scores, i, SPAN),
             );
             match n - i {
-                1 => scores::<L, K, 1>(q, &pages, lens, hd, s),
-                2 => scores::<L, K, 2>(q, &pages, lens, hd, s),
-                3 => scores::<L, K, 3>(q, &pages, lens, hd, s),
-                _ => scores::<L, K, ROWS>(q, &pages, lens, hd, s),
+                1 => scores::<L, K, 1, true>(q, &pages, lens, hd, s),
+                2 => scores::<L, K, 2, true>(q, &pages, lens, hd, s),
+                3 => scores::<L, K, 3, true>(q, &pages, lens, hd, s),
+                _ if i == 0 => scores::<L, K, ROWS, true>(q, &pages, lens, hd, s),
+                _ => scores::<L, K, ROWS, false>(q, &pages, lens, hd, s),
             }
         }
-        for i in 0..n {
+        for i in (0..n).step_by(ROWS) {
+            let of_rows = (&queries[i..], &lens[i..]);
             let (s, w) = (
-                row(&mut scratch.scores, i, SPAN),
-                row(&mut scratch.weights, i, SPAN / 2).cast(),
+                row(&mut scratch.scores, i, SPAN).cast_const(),
+                row(places(&mut scratch.weights), i, SPAN / 2),
             );
-            if lens[i] > 0 {
-                (softmax.max[i], softmax.sum[i], factors[i]) =
-                    weights::<L, K>(s, queries[i].scale, &pages, lens[i], hd, w);
+            let results = (&mut softmax, &mut factors, i);
+            match n - i {
+                1 => weights::<L, K, 1>(s, of_rows, &pages, hd, w, results),
+                2 => weights::<L, K, 2>(s, of_rows, &pages, hd, w, results),
+                3 => weights::<L, K, 3>(s, of_rows, &pages, hd, w, results),
+                _ => weights::<L, K, ROWS>(s, of_rows, &pages, hd, w, results),
             }
         }
         for i in (0..n).step_by(ROWS) {
             let of_rows = (&lens[i..], &factors[i..]);
             let (w, o) = (
-                row(&mut scratch.weights, i, SPAN / 2).cast_const(),
+                row(places(&mut scratch.weights), i, SPAN / 2).cast_const(),
                 row(&mut scratch.span, i, hd),
             );
             match n - i {
-                1 => weighted::<L, K, 1>(w, (&pages, &next), of_rows, hd, o),
-                2 => weighted::<L, K, 2>(w, (&pages, &next), of_rows, hd, o),
-                3 => weighted::<L, K, 3>(w, (&pages, &next), of_rows, hd, o),
-                _ => weighted::<L, K, ROWS>(w, (&pages, &next), of_rows, hd, o),
+                1 => weighted::<L, K, 1, true>(w, both, of_rows, hd, o),
+                2 => weighted::<L, K, 2, true>(w, both, of_rows, hd, o),
+                3 => weighted::<L, K, 3, true>(w, both, of_rows, hd, o),
+                _ if i == 0 => weighted::<L, K, ROWS, true>(w, both, of_rows, hd, o),
+                _ => weighted::<L, K, ROWS, false>(w, both, of_rows, hd, o),
             }
         }
     }
     softmax
+}
+
+/// Room for pairs.
+#[inline(always)]
+fn places(lines: &mut [f32]) -> &mut [Place] {
+    lines.as_chunks_mut().0
 }
 
 /// Row `i` of a matrix of `width` columns.
@@ -219,7 +232,7 @@ fn row<T>(matrix: &mut [T], i: usize, width: usize) -> *mut T {
 /// `out[r][t] = q[r] · k[t]` with what is kept of the keys, summed over the pairs of dims in
 /// ascending order, for whole pages.
 #[inline(always)]
-unsafe fn scores<L: Lanes, K: Kept<L>, const R: usize>(
+unsafe fn scores<L: Lanes, K: Kept<L>, const R: usize, const ASK: bool>(
     q: *const Place,
     pages: &[*const u32; SPAN / PAGE],
     lens: &[usize],
@@ -232,18 +245,19 @@ unsafe fn scores<L: Lanes, K: Kept<L>, const R: usize>(
     unsafe {
         if K::WIDE && len > PAGE {
             let tiles = [pages[0], second(pages[0]), pages[1], second(pages[1])];
-            return tiles_of::<L, K, R, { 2 * TILES }>(q, tiles, hd, out);
+            return tiles_of::<L, K, R, { 2 * TILES }, ASK>(q, tiles, hd, out);
         }
         for (page, &keys) in pages[..len.div_ceil(PAGE)].iter().enumerate() {
             let tiles = [keys, second(keys)];
-            tiles_of::<L, K, R, TILES>(q, tiles, hd, out.add(page * PAGE));
+            tiles_of::<L, K, R, TILES, ASK>(q, tiles, hd, out.add(page * PAGE));
         }
     }
 }
 
-/// The products with vectors of tokens. Each line of keys asks for the line of values at its place.
+/// The products with vectors of tokens. If it is to `ASK`, each line of keys asks for the line of
+/// values at its place: the first queries of a block do.
 #[inline(always)]
-unsafe fn tiles_of<L: Lanes, K: Kept<L>, const R: usize, const T: usize>(
+unsafe fn tiles_of<L: Lanes, K: Kept<L>, const R: usize, const T: usize, const ASK: bool>(
     q: *const Place,
     tiles: [*const u32; T],
     hd: usize,
@@ -255,7 +269,9 @@ unsafe fn tiles_of<L: Lanes, K: Kept<L>, const R: usize, const T: usize>(
         for d in 0..hd / 2 {
             for (acc, tile) in acc.iter_mut().zip(tiles) {
                 let line = K::line(tile, d * LANES);
-                L::prefetch(line.wrapping_add(K::TYPE.half_words(hd)).cast());
+                if ASK {
+                    L::prefetch(line.wrapping_add(K::TYPE.half_words(hd)).cast());
+                }
                 let words = K::load(line);
                 for r in 0..R {
                     acc[r] = K::dot(acc[r], words, q.add(r * (hd / 2)).cast::<K::By>().add(d));
@@ -270,53 +286,11 @@ unsafe fn tiles_of<L: Lanes, K: Kept<L>, const R: usize, const T: usize>(
     }
 }
 
-/// Turns the first `len` products of a span with a query into scores and these into weights
-/// 2^(s - max), the others into zeros; what is kept of the values is weighted with the pairs in
-/// `out`. Returns the maximum, the sum of the weights, and what weighted sums are to be multiplied
-/// with.
+/// `out[r] = Σ w[r][t] v[t]` with what is kept of the values, over the pairs of tokens in ascending
+/// order. Tokens beyond a row's own length have weight zero and leave its sum as it is. If it is to
+/// `ASK`, each line of values asks for the line of the next span's keys at its place.
 #[inline(always)]
-unsafe fn weights<L: Lanes, K: Kept<L>>(
-    products: *const f32,
-    scale: f32,
-    pages: &[*const u32; SPAN / PAGE],
-    len: usize,
-    hd: usize,
-    out: *mut K::By,
-) -> (f32, f32, f32) {
-    // SAFETY: `products` has SPAN elements, `out` a place for every two, and the pages are whole.
-    unsafe {
-        let mut s = [L::splat(0.0); VECTORS];
-        for (j, s) in s.iter_mut().enumerate() {
-            let (keys, n) = (pages[j / TILES], len.saturating_sub(j * LANES));
-            let products = L::load(products.add(j * LANES));
-            *s = match K::scales(keys, hd, j % TILES * LANES, n) {
-                Some(scales) => products.mul(scales.mul(L::splat(scale))).first(n),
-                None => products.first(n),
-            };
-        }
-        let max = s[0].max(s[1]).max(s[2].max(s[3])).maximum();
-        let base = L::splat(max);
-        let mut by = s;
-        for (j, (s, by)) in s.iter_mut().zip(&mut by).enumerate() {
-            let values = pages[j / TILES].add(K::TYPE.half_words(hd));
-            let n = len.saturating_sub(j * LANES);
-            *s = exp2(s.sub(base));
-            *by = match K::scales(values, hd, j % TILES * LANES, n) {
-                Some(scales) => s.mul(scales),
-                None => *s,
-            };
-        }
-        let factor = K::weigh(by, out);
-        let sum = s[0].add(s[1]).add(s[2].add(s[3])).sum();
-        (max, sum, factor)
-    }
-}
-
-/// `out[r] = Σ w[r][t] v[t]` with what is kept of the values, over the pairs of tokens in ascending order. Tokens beyond a row's
-/// own length have weight zero and leave its sum as it is. Each line of values asks for the line
-/// of the next span's keys at its place.
-#[inline(always)]
-unsafe fn weighted<L: Lanes, K: Kept<L>, const R: usize>(
+unsafe fn weighted<L: Lanes, K: Kept<L>, const R: usize, const ASK: bool>(
     w: *const Place,
     pages: (&[*const u32; SPAN / PAGE], &[*const u32; SPAN / PAGE]),
     (lens, factors): (&[usize], &[f32]),
@@ -328,18 +302,18 @@ unsafe fn weighted<L: Lanes, K: Kept<L>, const R: usize>(
     // SAFETY: `w` has R·SPAN/2 places, `out` R·hd elements, and the pages are whole.
     unsafe {
         while d + 4 * LANES <= hd {
-            weighted_part::<L, K, R, 4>(w, pages, (len, factors), hd, d, out);
+            weighted_part::<L, K, R, 4, ASK>(w, pages, (len, factors), hd, d, out);
             d += 4 * LANES;
         }
         while d < hd {
-            weighted_part::<L, K, R, 1>(w, pages, (len, factors), hd, d, out);
+            weighted_part::<L, K, R, 1, ASK>(w, pages, (len, factors), hd, d, out);
             d += LANES;
         }
     }
 }
 
 #[inline(always)]
-unsafe fn weighted_part<L: Lanes, K: Kept<L>, const R: usize, const C: usize>(
+unsafe fn weighted_part<L: Lanes, K: Kept<L>, const R: usize, const C: usize, const ASK: bool>(
     w: *const Place,
     (pages, next): (&[*const u32; SPAN / PAGE], &[*const u32; SPAN / PAGE]),
     (len, factors): (usize, &[f32]),
@@ -355,7 +329,9 @@ unsafe fn weighted_part<L: Lanes, K: Kept<L>, const R: usize, const C: usize>(
             let values = pages[page].add(K::TYPE.half_words(hd));
             for c in 0..C {
                 let at = inner * hd + d + c * LANES;
-                L::prefetch(K::line(next[page], at).cast());
+                if ASK {
+                    L::prefetch(K::line(next[page], at).cast());
+                }
                 let words = K::load(K::line(values, at));
                 for r in 0..R {
                     let by = w.add(r * (SPAN / 2)).cast::<K::By>().add(pair);

@@ -16,6 +16,7 @@ mod merge;
 mod store;
 #[cfg(test)]
 mod tests;
+mod weights;
 
 use std::ops::Range;
 
@@ -27,6 +28,7 @@ pub(crate) use store::{append_key, append_value};
 
 use crate::Isa;
 use crate::bf16::{dispatch_pairs, pairs};
+use crate::lines::Lines;
 use crate::simd::{LANES, dispatch};
 
 /// Tokens in a page.
@@ -171,21 +173,21 @@ type Place = [f32; 2];
 /// Room for the intermediate results of one call.
 pub(crate) struct Scratch {
     /// Pairs of the queries.
-    queries: Vec<Place>,
+    queries: Lines,
     /// Pairs of the weights that the scores become.
-    weights: Vec<Place>,
-    scores: Vec<f32>,
-    span: Vec<f32>,
+    weights: Lines,
+    scores: Lines,
+    span: Lines,
 }
 
 impl Scratch {
     /// For heads of this width.
     pub(crate) fn new(head_dim: usize) -> Self {
         Self {
-            queries: vec![[0.0; 2]; MAX_QUERIES * head_dim / 2],
-            weights: vec![[0.0; 2]; MAX_QUERIES * SPAN / 2],
-            scores: vec![0.0; MAX_QUERIES * SPAN],
-            span: vec![0.0; MAX_QUERIES * head_dim],
+            queries: Lines::new(MAX_QUERIES * head_dim),
+            weights: Lines::new(MAX_QUERIES * SPAN),
+            scores: Lines::new(MAX_QUERIES * SPAN),
+            span: Lines::new(MAX_QUERIES * head_dim),
         }
     }
 }
@@ -194,7 +196,7 @@ fn check(queries: &[Query<'_>], pages: Pages<'_>, scratch: &Scratch) {
     let hd = queries[0].head_dim();
     assert!(queries.len() <= MAX_QUERIES && hd.is_multiple_of(LANES));
     assert!(scratch.span.len() >= queries.len() * hd);
-    assert!(scratch.queries.len() >= queries.len() * hd / 2);
+    assert!(scratch.queries.len() >= queries.len() * hd);
     assert!(queries.iter().all(|q| q.head_dim() == hd && q.len > 0));
     assert!(pages.hold(longest(queries), hd));
 }
