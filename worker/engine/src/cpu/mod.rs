@@ -146,11 +146,7 @@ impl Scratch {
 impl CpuBackend {
     /// Bytes of one page of the KV pool, of all ranks together where no head is shared.
     pub fn page_bytes(spec: &ModelSpec, kv: KvType) -> usize {
-        let heads = Heads {
-            q: spec.n_head,
-            kv: spec.n_kv_head,
-            dim: spec.head_dim,
-        };
+        let heads = Heads::new(spec.n_head, spec.n_kv_head, spec.head_dim);
         KvPool::page_bytes(kv, heads, spec.n_layer)
     }
 
@@ -181,11 +177,8 @@ impl CpuBackend {
     ) -> Result<Self, BackendError> {
         check(&spec)?;
         let shard = shards.shards()[rank].clone();
-        let heads = Heads {
-            q: shard.q.len(),
-            kv: shard.kv.len(),
-            dim: spec.head_dim,
-        };
+        let all = Heads::new(spec.n_head, spec.n_kv_head, spec.head_dim);
+        let heads = all.part(shard.q.clone());
         let q_width = heads.q * heads.dim;
         let device = |error: std::io::Error| BackendError::Device(Box::new(error));
         let mut team =

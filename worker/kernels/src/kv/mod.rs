@@ -5,6 +5,7 @@ mod plan;
 mod tests;
 
 use std::io;
+use std::ops::Range;
 
 pub use plan::{Plan, Run};
 
@@ -23,18 +24,65 @@ use crate::team::Team;
 /// What divides the width of a head.
 pub const HEAD_MULTIPLE: usize = LANES;
 
-/// Heads of an attention layer.
+/// Heads of an attention layer, or some of them, one after the other: a group of query heads
+/// attends to each key–value head. The first and the last group need not be whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
     /// Query heads.
     pub q: usize,
-    /// Key–value heads; divides `q`.
+    /// Key–value heads.
     pub kv: usize,
     /// Width of a head, a multiple of [`HEAD_MULTIPLE`].
     pub dim: usize,
+    /// Query heads of a whole group.
+    group: usize,
+    /// Query heads that the first group lacks.
+    lacks: usize,
 }
 
 impl Heads {
+    /// All heads of a layer.
+    ///
+    /// # Panics
+    /// When the query heads are no whole groups.
+    pub const fn new(q: usize, kv: usize, dim: usize) -> Self {
+        assert!(q > 0 && q.is_multiple_of(kv));
+        Self {
+            q,
+            kv,
+            dim,
+            group: q / kv,
+            lacks: 0,
+        }
+    }
+
+    /// The query heads `q` and those that they attend to, of a layer of these heads.
+    ///
+    /// # Panics
+    /// When there are none, or the layer has no such heads.
+    pub fn part(&self, q: Range<usize>) -> Self {
+        assert!(!q.is_empty() && q.end <= self.q && self.lacks == 0);
+        let first = q.start / self.group;
+        Self {
+            q: q.len(),
+            kv: q.end.div_ceil(self.group) - first,
+            lacks: q.start - first * self.group,
+            ..*self
+        }
+    }
+
+    /// The query heads that attend to so many key–value heads.
+    pub(crate) fn members(&self, kv: Range<usize>) -> Range<usize> {
+        let start = (kv.start * self.group).saturating_sub(self.lacks);
+        start..(kv.end * self.group - self.lacks).min(self.q)
+    }
+
+    /// The most query heads of a group.
+    fn most(&self) -> usize {
+        let of = |head| self.members(head..head + 1).len();
+        (0..self.kv).map(of).max().unwrap_or(0)
+    }
+
     /// Columns of a row of q, k and v, one after the other.
     pub fn qkv(&self) -> usize {
         (self.q + 2 * self.kv) * self.dim
@@ -96,7 +144,7 @@ impl KvPool {
         queries: &mut [u32],
         each: &(dyn Fn(usize, usize, &mut [f32]) + Sync),
     ) {
-        let (Heads { q, kv, dim }, rows, isa) = (self.heads, plan.rows(), team.isa);
+        let (Heads { q, kv, dim, .. }, rows, isa) = (self.heads, plan.rows(), team.isa);
         let (shape, pages) = (self.shape, self.pages);
         let (ty, half) = (shape.kv, shape.kv.half_words(dim));
         assert!(linear.n() == self.heads.qkv() && linear.takes(acts, rows));
@@ -167,8 +215,7 @@ impl KvPool {
         queries: &[u32],
         out: &mut Activations,
     ) {
-        let (Heads { q, kv, dim }, isa) = (self.heads, team.isa);
-        let (group, rows) = (q / kv, plan.rows());
+        let (Heads { q, dim, .. }, isa, rows) = (self.heads, team.isa, plan.rows());
         assert!(plan.heads() == self.heads && queries.len() >= rows * self.heads.query_words());
         assert!(out.k() == q * dim && rows <= out.rows());
         let pool = &self.arena.as_words()[..self.shape.words(self.pages)];
@@ -178,17 +225,20 @@ impl KvPool {
             .phase_with(&mut team.scratch, plan.items.len(), |scratch, item| {
                 let item = &plan.items[item];
                 let block = &plan.blocks[item.block];
-                let width = item.heads.len() * group * dim;
+                let all = self.heads.members(item.heads.clone());
+                let width = all.len() * dim;
                 let results = &mut scratch.tile[..block.rows * width];
-                for (index, head) in item.heads.clone().enumerate() {
+                for head in item.heads.clone() {
                     let mut of_head = [Query::default(); MAX_QUERIES];
-                    let count = block.rows * group;
+                    let members = self.heads.members(head..head + 1);
+                    let count = block.rows * members.len();
                     for (i, query) in of_head[..count].iter_mut().enumerate() {
-                        let (row, member) = (i / group, i % group);
+                        let row = i / members.len();
+                        let member = members.start + i % members.len();
                         let words = query_words(dim);
-                        let at = ((block.row + row) * q + head * group + member) * words;
+                        let at = ((block.row + row) * q + member) * words;
                         let len = block.position + row + 1;
-                        let out = row * width + (index * group + member) * dim;
+                        let out = row * width + (member - all.start) * dim;
                         *query = Query::new(&queries[at..at + words], len, out);
                     }
                     let of_head = &of_head[..count];
@@ -217,9 +267,8 @@ impl KvPool {
                     merge_spans(isa, of_head, all, results);
                 }
                 for (i, result) in results.chunks_exact(width).enumerate() {
-                    let first = item.heads.start * group * dim;
                     // SAFETY: an item, or the last of its pieces, has its own rows and heads.
-                    unsafe { out.write_shared(isa, block.row + i, first, result) };
+                    unsafe { out.write_shared(isa, block.row + i, all.start * dim, result) };
                 }
             });
     }

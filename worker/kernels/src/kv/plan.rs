@@ -87,10 +87,12 @@ impl Plan {
     /// A plan for up to `rows` rows, without any.
     ///
     /// # Panics
-    /// When the heads do not group, or their width is no multiple of [`HEAD_MULTIPLE`].
+    /// When a group has more heads than a call takes, their width is no multiple of
+    /// [`HEAD_MULTIPLE`], or heads of groups that are not whole fill no blocks of activations.
     pub fn new(heads: Heads, threads: usize, rows: usize) -> Self {
-        let group = heads.q / heads.kv;
-        assert!(heads.q.is_multiple_of(heads.kv) && (1..=MAX_QUERIES).contains(&group));
+        let whole = heads.q == heads.kv * heads.group;
+        assert!(whole || heads.kv == 1 || heads.dim.is_multiple_of(BLOCK));
+        assert!((1..=MAX_QUERIES).contains(&heads.most()));
         assert!(heads.dim.is_multiple_of(HEAD_MULTIPLE));
         let most = rows * heads.kv + ITEMS * threads;
         Self {
@@ -124,8 +126,7 @@ impl Plan {
     /// # Panics
     /// When a run has no page for a row.
     pub fn set<'a>(&mut self, runs: impl Iterator<Item = Run<'a>>) {
-        let group = self.heads.q / self.heads.kv;
-        let step = (MAX_QUERIES / (group * self.together())).max(1);
+        let step = (MAX_QUERIES / (self.heads.most() * self.together())).max(1);
         self.slots.clear();
         self.table.clear();
         self.blocks.clear();
@@ -151,35 +152,36 @@ impl Plan {
 
     /// Heads of an item: as many as fill whole blocks of activations.
     fn together(&self) -> usize {
-        let Heads { q, kv, dim } = self.heads;
-        if (q / kv * dim).is_multiple_of(BLOCK) {
-            1
-        } else {
-            2
-        }
+        let of_one = self.heads.members(0..1).len() * self.heads.dim;
+        if of_one.is_multiple_of(BLOCK) { 1 } else { 2 }
+    }
+
+    /// Queries of a block that attend to a key–value head.
+    fn queries(&self, block: &Block, head: usize) -> usize {
+        block.rows * self.heads.members(head..head + 1).len()
     }
 
     /// What a span costs the queries of a block: one pass over its keys and values for every
     /// four, as many as the registers hold.
-    fn weight(&self, block: &Block) -> usize {
-        (block.rows * self.heads.q / self.heads.kv).div_ceil(4)
+    fn weight(&self, block: &Block, heads: Range<usize>) -> usize {
+        let passes = heads.map(|head| self.queries(block, head).div_ceil(4));
+        passes.sum()
     }
 
     fn share(&mut self) {
         let (kv, together) = (self.heads.kv, self.together());
-        let cost = |block: &Block| block.spans() * self.weight(block);
-        let all: usize = self.blocks.iter().map(cost).sum::<usize>() * kv;
+        let cost = |block: &Block| block.spans() * self.weight(block, 0..kv);
+        let all: usize = self.blocks.iter().map(cost).sum();
         let fair = all.div_ceil(ITEMS * self.threads);
         self.items.clear();
         self.splits.clear();
         let mut partials = 0;
         for index in 0..self.blocks.len() {
             let block = &self.blocks[index];
-            let (spans, weight) = (block.spans(), self.weight(block));
-            let queries = block.rows * self.heads.q / kv;
-            let room = spans * queries * partial_width(self.heads.dim);
-            let piece = (fair / weight).max(LEAST_SPANS);
+            let spans = block.spans();
             for head in (0..kv).step_by(together) {
+                let piece = (fair / self.weight(block, head..head + 1)).max(LEAST_SPANS);
+                let room = spans * self.queries(block, head) * partial_width(self.heads.dim);
                 let mut item = Item {
                     block: index,
                     heads: head..kv.min(head + together),
@@ -208,11 +210,11 @@ impl Plan {
                 }
             }
         }
-        let blocks = &self.blocks;
-        let group = self.heads.q / kv;
-        self.items.sort_unstable_by_key(|item| {
-            let passes = (blocks[item.block].rows * group).div_ceil(4);
-            Reverse(item.spans.len() * passes * item.heads.len())
+        let mut items = std::mem::take(&mut self.items);
+        items.sort_unstable_by_key(|item| {
+            let weight = self.weight(&self.blocks[item.block], item.heads.clone());
+            Reverse(item.spans.len() * weight)
         });
+        self.items = items;
     }
 }
