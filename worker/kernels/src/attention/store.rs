@@ -13,6 +13,7 @@
 use super::PAGE;
 use crate::Isa;
 use crate::bf16::{bf16, pairs};
+use crate::int16::Int16;
 use crate::quant::scales;
 use crate::simd::{LANES, Lanes, dispatch};
 
@@ -211,35 +212,33 @@ unsafe fn put_int8(isa: Isa, first: *mut i8, strides: [usize; 3], scale: *mut u3
 }
 
 /// An integer of few bits.
-trait Number: Copy + Default {
-    /// The low bits.
-    fn low(bits: u32) -> Self;
+trait Number: Copy {
+    /// A number that has as few.
+    fn of(value: i16) -> Self;
 }
 
 impl Number for i8 {
-    fn low(bits: u32) -> Self {
-        bits as Self
+    fn of(value: i16) -> Self {
+        value as Self
     }
 }
 
 impl Number for i16 {
-    fn low(bits: u32) -> Self {
-        bits as Self
+    fn of(value: i16) -> Self {
+        value
     }
 }
 
 /// # Safety
 /// See [`Lanes`] and [`put_int16`].
 #[inline(always)]
-unsafe fn put_block<L: Lanes, T: Number>(
+unsafe fn put_block<L: Int16, T: Number>(
     first: *mut T,
     strides: [usize; 3],
     scale: *mut u32,
     x: &[f32],
     most: f32,
 ) {
-    /// What added to a small number leaves its nearest integer in the low bits, ties to even.
-    const ROUND: f32 = (3 << 22) as f32;
     let mut magnitude = 0;
     for x in x {
         magnitude = magnitude.max(x.to_bits() & 0x7fff_ffff);
@@ -249,14 +248,18 @@ unsafe fn put_block<L: Lanes, T: Number>(
     unsafe {
         scale.write(by.to_bits());
         for (i, x) in x.as_chunks::<LANES>().0.iter().enumerate() {
-            let mut values = [T::default(); LANES];
-            for (value, x) in values.iter_mut().zip(x) {
-                *value = T::low((x * inverse + ROUND).to_bits());
-            }
+            let mut values = [0; LANES];
+            let lanes = L::load(x.as_ptr()).mul(L::splat(inverse));
+            lanes.put(values.as_mut_ptr());
+            let first = first.add(i * strides[0]);
             for (j, pair) in values.as_chunks::<2>().0.iter().enumerate() {
-                let first = first.add(i * strides[0] + j * strides[1]);
-                first.write(pair[0]);
-                first.add(strides[2]).write(pair[1]);
+                let first = first.add(j * strides[1]);
+                if strides[2] == 1 {
+                    first.cast::<[T; 2]>().write_unaligned(pair.map(T::of));
+                } else {
+                    first.write(T::of(pair[0]));
+                    first.add(strides[2]).write(T::of(pair[1]));
+                }
             }
         }
     }
