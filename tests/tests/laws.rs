@@ -403,7 +403,7 @@ fn with(setup: impl Fn() -> Setup) {
     }
     assert!(running.answers[&31].usage().cached_tokens >= 64);
     let mut running = Running::start(&Setup {
-        pages: 7,
+        pages: 5,
         ..setup()
     });
     running.all((0..10).map(request));

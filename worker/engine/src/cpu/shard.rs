@@ -124,13 +124,13 @@ impl ShardPlan {
                 return Err(ShardError::TooMany { world, what, most });
             }
         }
-        let heads = heads(spec.n_kv_head, group, spec.head_dim, world);
+        let queries = queries(spec.n_kv_head, group, spec.head_dim, world);
         let mut fewest: Vec<usize> = (0..world).rev().collect();
-        fewest.sort_by_key(|&rank| heads[rank].0.len());
+        fewest.sort_by_key(|&rank| queries[rank].len());
         let ff = evenly(blocks, &fewest);
         let vocab = evenly(strips, &fewest);
         let times = |range: &Range<usize>, unit| range.start * unit..range.end * unit;
-        let shards = heads.into_iter().enumerate().map(|(rank, (q, kv))| {
+        let shards = queries.into_iter().enumerate().map(|(rank, q)| {
             let (heads, width) = (q.len(), spec.head_dim);
             if world > 1 && !(heads * width).is_multiple_of(BLOCK) {
                 return Err(ShardError::Heads { heads, width });
@@ -138,8 +138,8 @@ impl ShardPlan {
             let vocab = times(&vocab[rank], STRIP);
             Ok(Shard {
                 rank,
+                kv: groups(&q, group),
                 q,
-                kv,
                 ff: times(&ff[rank], BLOCK),
                 vocab: vocab.start..vocab.end.min(spec.vocab),
             })
@@ -244,35 +244,27 @@ impl ShardPlan {
     }
 }
 
-/// Query heads and key-value heads of every rank, for `kv` heads with `group` queries each.
-fn heads(kv: usize, group: usize, width: usize, world: usize) -> Vec<(Range<usize>, Range<usize>)> {
+/// Query heads of every rank, for `kv` heads with `group` queries of this width each.
+fn queries(kv: usize, group: usize, width: usize, world: usize) -> Vec<Range<usize>> {
     let order: Vec<usize> = (0..world).collect();
-    let whole_groups = if world <= kv {
-        let shares = evenly(kv, &order);
-        shares
-            .into_iter()
-            .map(|kv| kv.start * group..kv.end * group)
-            .collect()
+    let of_groups: Vec<_> = if world <= kv {
+        let times = |kv: Range<usize>| kv.start * group..kv.end * group;
+        evenly(kv, &order).into_iter().map(times).collect()
     } else {
         within_groups(kv, group, world)
     };
-    // Results of single heads have to fill whole blocks, to come from several ranks.
-    let queries = if world < kv && width.is_multiple_of(BLOCK) {
-        evenly(kv * group, &order)
-    } else {
-        whole_groups.clone()
-    };
-    let with_kv = |queries: Vec<Range<usize>>| -> Vec<(Range<usize>, Range<usize>)> {
-        let kv = |q: &Range<usize>| q.start / group..q.end.div_ceil(group);
-        queries.into_iter().map(|q| (q.clone(), kv(&q))).collect()
-    };
-    let (whole, even) = (with_kv(whole_groups), with_kv(queries));
-    let most = |of: &[(Range<usize>, Range<usize>)]| of.iter().map(|(_, kv)| kv.len()).max();
-    if most(&even) > most(&whole) {
-        whole
-    } else {
-        even
+    let even = evenly(kv * group, &order);
+    let most = |queries: &[Range<usize>]| queries.iter().map(|q| groups(q, group).len()).max();
+    // Narrower heads fill no blocks of activations alone.
+    match width.is_multiple_of(BLOCK) && most(&even) <= most(&of_groups) {
+        true => even,
+        false => of_groups,
     }
+}
+
+/// The key-value heads that query heads attend to.
+fn groups(queries: &Range<usize>, group: usize) -> Range<usize> {
+    queries.start / group..queries.end.div_ceil(group)
 }
 
 /// Query heads of every rank, none of which has two key-value heads.
