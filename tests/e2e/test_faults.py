@@ -89,6 +89,12 @@ def test_the_load_client(cluster):
     assert (report["requests"], report["errors"], report["output_tokens"]) == (64, 0, 64 * 32)
 
 
+@pytest.mark.parametrize("script", ["peers", "itl", "concurrency", "speculation"])
+def test_benchmarks_have_all_that_they_import(script):
+    ran = subprocess.run([sys.executable, ROOT / f"bench/{script}.py", "--help"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_the_benchmark_of_peers_runs():
     """Without the peers, which take long to install."""
     ran = subprocess.run(
