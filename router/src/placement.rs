@@ -208,12 +208,9 @@ impl Pace {
         }
     }
 
-    fn mean(paces: impl Iterator<Item = Self> + Clone) -> Option<Self> {
-        Some(Self {
-            token: mean(paces.clone().map(|pace| pace.token))?,
-            base: mean(paces.clone().map(|pace| pace.base))?,
-            row: mean(paces.map(|pace| pace.row))?,
-        })
+    fn mean(paces: impl Iterator<Item = Self>) -> Option<Self> {
+        let [token, base, row] = mean(paces.map(|pace| [pace.token, pace.base, pace.row]))?;
+        Some(Self { token, base, row })
     }
 }
 
@@ -223,9 +220,13 @@ fn prompt_token(load: &Load) -> Option<f64> {
     (row > 0.0).then_some(row)
 }
 
-fn mean(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let (sum, count) = values.fold((0.0, 0.0), |(sum, count), value| (sum + value, count + 1.0));
-    (count > 0.0).then(|| sum / count)
+fn mean<const N: usize>(values: impl Iterator<Item = [f64; N]>) -> Option<[f64; N]> {
+    let (mut sums, mut count) = ([0.0; N], 0.0);
+    for values in values {
+        sums.iter_mut().zip(values).for_each(|(sum, x)| *sum += x);
+        count += 1.0;
+    }
+    (count > 0.0).then(|| sums.map(|sum| sum / count))
 }
 
 /// The index of the candidate that `routing` takes; `turn` counts the choices so far.
@@ -255,7 +256,8 @@ pub(crate) fn choose(
 /// equal, then the first. A worker that has not got to know itself yet is taken for an average
 /// one: it would never be tried if it were taken for a slow one.
 fn cheapest(candidates: &[Candidate], work: &Work) -> Option<usize> {
-    let token = mean(candidates.iter().filter_map(|c| prompt_token(&c.load)));
+    let tokens = candidates.iter().filter_map(|c| prompt_token(&c.load));
+    let token = mean(tokens.map(|token| [token])).map(|[token]| token);
     let fitted = |c: &Candidate| Pace::fitted(&c.load, token);
     let average = Pace::mean(candidates.iter().filter_map(fitted));
     let pace = |c: &Candidate| {

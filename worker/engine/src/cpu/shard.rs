@@ -3,10 +3,10 @@
 //! Query heads go with their key-value heads, in contiguous groups. Ranks share a key-value head,
 //! each with its own copy of the keys and values, and split its query heads, where there are more
 //! ranks than key-value heads, and where that makes their shares of query heads more even and
-//! nobody's keys and values more. The ranks of a step meet after attention and after the feed-forward
-//! layer, so what takes longer in one cannot be made up for in the other: feed-forward columns
-//! and vocabulary are split evenly, in whole blocks and strips, and what does not divide goes to
-//! the ranks with the fewest heads.
+//! nobody's keys and values more. The ranks of a step meet after attention and after the feed-
+//! forward layer, so what takes longer in one cannot be made up for in the other: feed-forward
+//! columns and vocabulary are split evenly, in whole blocks and strips, and what does not divide
+//! goes to the ranks with the fewest heads.
 
 use std::ops::Range;
 use std::time::Duration;

@@ -12,6 +12,26 @@ use crate::simd::{LANES, Lanes};
 /// Vectors of the tokens of a span.
 pub(super) const VECTORS: usize = SPAN / LANES;
 
+/// The greatest number of a span.
+///
+/// # Safety
+/// See [`Lanes`].
+#[inline(always)]
+pub(super) unsafe fn greatest<L: Lanes>([a, b, c, d]: [L; VECTORS]) -> f32 {
+    // SAFETY: the contract of this function.
+    unsafe { a.max(b).max(c.max(d)).maximum() }
+}
+
+/// The sum of the numbers of a span.
+///
+/// # Safety
+/// See [`Lanes`].
+#[inline(always)]
+pub(super) unsafe fn total<L: Lanes>([a, b, c, d]: [L; VECTORS]) -> f32 {
+    // SAFETY: the contract of this function.
+    unsafe { a.add(b).add(c.add(d)).sum() }
+}
+
 /// How attention reads what is kept so, and multiplies it.
 ///
 /// # Safety
@@ -190,8 +210,7 @@ unsafe fn quantised<L: int16::Int16, const R: usize>(
     // SAFETY: the caller vouches for the numbers of a span of every query.
     unsafe {
         for r in 0..R {
-            let [a, b, c, d] = weights[r];
-            let max = a.max(b).max(c.max(d)).maximum();
+            let max = greatest(weights[r]);
             (factors[r], inverses[r]) = scales(max.to_bits(), MOST_WEIGHT);
         }
         for r in 0..R {
@@ -203,8 +222,7 @@ unsafe fn quantised<L: int16::Int16, const R: usize>(
         }
         for r in 0..R {
             // A maximum may pass over what is no number; a sum does not.
-            let [a, b, c, d] = weights[r];
-            factors[r] += 0.0 * a.add(b).add(c.add(d)).sum();
+            factors[r] += 0.0 * total(weights[r]);
         }
     }
     factors

@@ -1,6 +1,6 @@
 //! How the scores of a span become what its values are weighted with.
 
-use super::kept::{Kept, VECTORS};
+use super::kept::{Kept, VECTORS, greatest, total};
 use super::kernel::TILES;
 use super::merge::Softmax;
 use super::{MAX_QUERIES, PAGE, Place, Query, SPAN};
@@ -69,18 +69,16 @@ unsafe fn weights_of<L: Lanes, K: Kept<L>, const R: usize, const WHOLE: bool>(
             }
         }
         for r in 0..R {
-            let [a, b, c, d] = s[r];
-            maxima[r] = a.max(b).max(c.max(d)).maximum();
+            maxima[r] = greatest(s[r]);
         }
-        for s in s.iter_mut().zip(maxima) {
-            let (s, base) = (s.0, L::splat(s.1));
+        for (s, max) in s.iter_mut().zip(maxima) {
+            let base = L::splat(max);
             for s in s {
                 *s = exp2(s.sub(base));
             }
         }
         for r in 0..R {
-            let [a, b, c, d] = s[r];
-            sums[r] = a.add(b).add(c.add(d)).sum();
+            sums[r] = total(s[r]);
         }
         for j in 0..VECTORS {
             let values = pages[j / TILES].add(K::TYPE.half_words(hd));

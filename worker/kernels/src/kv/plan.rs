@@ -81,6 +81,17 @@ impl Block {
     fn spans(&self) -> usize {
         (self.position + self.rows).div_ceil(SPAN)
     }
+
+    /// Queries that attend to a key–value head.
+    fn queries(&self, heads: Heads, head: usize) -> usize {
+        self.rows * heads.members(head..head + 1).len()
+    }
+
+    /// What a span costs the queries of some key–value heads: one pass over keys and values for
+    /// every four, as many as the registers hold.
+    fn weight(&self, heads: Heads, kv: Range<usize>) -> usize {
+        kv.map(|head| self.queries(heads, head).div_ceil(4)).sum()
+    }
 }
 
 impl Plan {
@@ -156,21 +167,9 @@ impl Plan {
         if of_one.is_multiple_of(BLOCK) { 1 } else { 2 }
     }
 
-    /// Queries of a block that attend to a key–value head.
-    fn queries(&self, block: &Block, head: usize) -> usize {
-        block.rows * self.heads.members(head..head + 1).len()
-    }
-
-    /// What a span costs the queries of a block: one pass over its keys and values for every
-    /// four, as many as the registers hold.
-    fn weight(&self, block: &Block, heads: Range<usize>) -> usize {
-        let passes = heads.map(|head| self.queries(block, head).div_ceil(4));
-        passes.sum()
-    }
-
     fn share(&mut self) {
-        let (kv, together) = (self.heads.kv, self.together());
-        let cost = |block: &Block| block.spans() * self.weight(block, 0..kv);
+        let (heads, together) = (self.heads, self.together());
+        let cost = |block: &Block| block.spans() * block.weight(heads, 0..heads.kv);
         let all: usize = self.blocks.iter().map(cost).sum();
         let fair = all.div_ceil(ITEMS * self.threads);
         self.items.clear();
@@ -179,12 +178,12 @@ impl Plan {
         for index in 0..self.blocks.len() {
             let block = &self.blocks[index];
             let spans = block.spans();
-            for head in (0..kv).step_by(together) {
-                let piece = (fair / self.weight(block, head..head + 1)).max(LEAST_SPANS);
-                let room = spans * self.queries(block, head) * partial_width(self.heads.dim);
+            for head in (0..heads.kv).step_by(together) {
+                let piece = (fair / block.weight(heads, head..head + 1)).max(LEAST_SPANS);
+                let room = spans * block.queries(heads, head) * partial_width(heads.dim);
                 let mut item = Item {
                     block: index,
-                    heads: head..kv.min(head + together),
+                    heads: head..heads.kv.min(head + together),
                     spans: 0..spans,
                     split: None,
                 };
@@ -210,11 +209,10 @@ impl Plan {
                 }
             }
         }
-        let mut items = std::mem::take(&mut self.items);
-        items.sort_unstable_by_key(|item| {
-            let weight = self.weight(&self.blocks[item.block], item.heads.clone());
+        let blocks = &self.blocks;
+        self.items.sort_unstable_by_key(|item| {
+            let weight = blocks[item.block].weight(heads, item.heads.clone());
             Reverse(item.spans.len() * weight)
         });
-        self.items = items;
     }
 }
