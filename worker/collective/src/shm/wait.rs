@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use rustix::thread::futex;
+use rustix::thread::{futex, sched_yield};
 
 use super::segment::{Header, Segment};
 use crate::CollectiveError;
@@ -135,6 +135,8 @@ impl Peers {
             if started.elapsed() > spin {
                 break;
             }
+            // Whoever waits for this core may be whom this rank waits for.
+            sched_yield();
         }
         loop {
             self.check(segment)?;
