@@ -16,7 +16,7 @@ use crate::backend::{Backend, NumericsId};
 use crate::config::{ConfigError, EngineConfig, Limits};
 use crate::metrics::EngineMetrics;
 use crate::request::{Load, Request, SequenceKey, StepSink, SubmitError};
-use crate::sequence::{Rank, Sequence};
+use crate::sequence::Sequence;
 use crate::speculation::PushedDraft;
 use crate::step::Stepper;
 
@@ -214,10 +214,9 @@ impl EngineHandle {
             return Err(SubmitError::Duplicate(sequence.key));
         }
         inbox.ordinal += 1;
-        sequence.rank = Rank::new(
+        sequence.enter(
             inbox.ordinal,
             now.saturating_duration_since(shared.started),
-            sequence.priority,
             shared.limits.priority_aging,
         );
         inbox.live.insert(sequence.key, false);

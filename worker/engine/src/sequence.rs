@@ -15,7 +15,7 @@ use crate::sampler::Counts;
 use crate::speculation::{Drafting, Hazards, Settled, Text};
 
 /// The order of service, first come first: submission time less the head start that the
-/// priority gives. Unique, so it is a total order.
+/// class gives. Unique, so it is a total order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Rank {
     /// Microseconds since the engine started.
@@ -25,9 +25,9 @@ pub(crate) struct Rank {
 
 impl Rank {
     /// The rank of the `ordinal`-th submission, `since_start` after the engine's start.
-    pub(crate) fn new(ordinal: u64, since_start: Duration, priority: u32, aging: Duration) -> Self {
+    fn new(ordinal: u64, since_start: Duration, class: u32, aging: Duration) -> Self {
         let micros = |d: Duration| i64::try_from(d.as_micros()).unwrap_or(i64::MAX);
-        let head_start = i64::from(priority).saturating_mul(micros(aging));
+        let head_start = i64::from(class).saturating_mul(micros(aging));
         Self {
             virtual_start: micros(since_start).saturating_sub(head_start),
             ordinal,
@@ -173,6 +173,13 @@ impl Sequence {
         })
     }
 
+    /// Gives it its rank. One that goes on where another worker left off is of a class above its
+    /// priority: its client waits amid a text.
+    pub(crate) fn enter(&mut self, ordinal: u64, since_start: Duration, aging: Duration) {
+        let class = self.priority.saturating_add(self.is_broken_off().into());
+        self.rank = Rank::new(ordinal, since_start, class, aging);
+    }
+
     /// All tokens: prompt, then output.
     pub(crate) fn tokens(&self) -> &[TokenId] {
         &self.tokens
@@ -218,6 +225,11 @@ impl Sequence {
     /// Whether the next row is the last known token, made by the model: a decode row.
     pub(crate) fn is_decoding(&self) -> bool {
         self.pending() == 1 && self.computed >= self.prompt
+    }
+
+    /// Whether its client has tokens that are to be computed again before it makes more.
+    pub(crate) fn is_broken_off(&self) -> bool {
+        self.output_len() > 0 && !self.is_decoding() && !self.leads()
     }
 
     /// Whether the step being planned has a decode row of it.

@@ -28,6 +28,9 @@ use crate::speculation::Slack;
 /// Waiting sequences that a step may pass over because another one computes their prefix.
 const MAX_DEFERRED: usize = 32;
 
+/// So many times the target is what a step may take while streams are broken off.
+const CATCH_UP: u32 = 2;
+
 /// Why a waiting sequence was not admitted.
 enum Refusal {
     /// There is no page for it.
@@ -195,12 +198,7 @@ impl Scheduler {
         let mut budget = Budget {
             rows: self.limits.step_rows - decodes,
             prefill: self.limits.prefill_chunk,
-            allowance: match decodes {
-                0 => Allowance::ANY,
-                _ => self
-                    .model
-                    .allowance(decodes, drafted, self.limits.itl_target),
-            },
+            allowance: self.allowance(decodes, drafted),
             logits: self.limits.logit_rows - decodes,
         };
         for sequence in &mut self.running {
@@ -223,6 +221,20 @@ impl Scheduler {
             logits: budget.logits,
             prefill,
             row_seconds: self.model.draft_row(),
+        }
+    }
+
+    /// What prompt rows may take of a step. Where streams are broken off, the others have longer
+    /// steps for a while, and no time is kept for their drafts.
+    fn allowance(&self, decodes: usize, drafted: usize) -> Allowance {
+        let target = self.limits.itl_target;
+        let mut next = self.running.iter().chain(self.waiting.values().next());
+        if decodes == 0 {
+            Allowance::ANY
+        } else if next.any(|sequence| sequence.is_broken_off()) {
+            self.model.allowance(decodes, 0, target * CATCH_UP)
+        } else {
+            self.model.allowance(decodes, drafted, target)
         }
     }
 

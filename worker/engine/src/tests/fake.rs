@@ -2,7 +2,7 @@
 //! sequence, as its page table says. A wrong page, position or role changes the tokens.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use shoal_core::{PAGE_TOKENS, Role};
@@ -43,6 +43,10 @@ pub(crate) struct Probe {
     /// It cannot recover yet.
     pub(crate) away: Arc<AtomicBool>,
     pub(crate) recoveries: Arc<AtomicUsize>,
+    /// Milliseconds that a row takes.
+    pub(crate) row_time: Arc<AtomicU64>,
+    /// Milliseconds since the start.
+    pub(crate) clock: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
@@ -190,6 +194,8 @@ impl Backend for FakeBackend {
         self.probe.steps.fetch_add(1, Ordering::Relaxed);
         let rows = batch.tokens.len();
         self.probe.most_rows.fetch_max(rows, Ordering::Relaxed);
+        let time = rows as u64 * self.probe.row_time.load(Ordering::Relaxed);
+        self.probe.clock.fetch_add(time, Ordering::Relaxed);
         let fault = self.probe.faults.lock().unwrap().pop_front();
         match fault {
             Some(Fault::Retry) => return Err(BackendError::Device("lost".into())),

@@ -1,5 +1,9 @@
 //! Who runs when, and who ends how.
 
+use std::sync::atomic::Ordering;
+
+use shoal_core::Speculation;
+
 use super::fake::{FakeBackend, Fault, Probe, spec};
 use super::rig::{Rig, key, request};
 use crate::config::EngineConfig;
@@ -75,6 +79,34 @@ fn a_higher_priority_takes_the_place_of_a_lower() {
     assert_eq!(order(&mut rig, &[1, 2]), [2, 1]);
     assert_eq!(rig.of(1).finish.unwrap().1.preemptions, 1);
     assert_eq!(rig.of(2).finish.unwrap().1.preemptions, 0);
+}
+
+#[test]
+fn broken_off_answers_are_taken_up_first_and_in_longer_steps() {
+    let config = EngineConfig {
+        speculation: Speculation::Off,
+        ..EngineConfig::default()
+    };
+    let (mut rig, probe) = rig(64, config);
+    probe.row_time.store(1, Ordering::Relaxed);
+    rig.submit(request(1, vec![1], 900)).unwrap();
+    rig.submit(request(2, vec![2; 300], 50)).unwrap();
+    order(&mut rig, &[2]);
+    let rows = |rig: &mut Rig| {
+        let before = probe.prompt_rows.load(Ordering::Relaxed);
+        rig.step();
+        probe.prompt_rows.load(Ordering::Relaxed) - before
+    };
+    rig.submit(request(3, vec![3; 300], 5)).unwrap();
+    rig.submit(request(4, vec![4; 300], 5)).unwrap();
+    let usual = rows(&mut rig);
+    let mut broken_off = request(5, vec![5; 300], 10);
+    broken_off.resume = vec![5; 5];
+    rig.submit(broken_off).unwrap();
+    let longer = rows(&mut rig);
+    assert!((30..50).contains(&usual), "{usual} rows of 1 ms");
+    assert!((75..100).contains(&longer), "{longer} rows of 1 ms");
+    assert_eq!(order(&mut rig, &[4, 5]), [5, 4]);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::backend::Backend;
 use crate::config::{EngineConfig, Limits};
 use crate::metrics::EngineMetrics;
 use crate::request::{Finish, Logprob, Request, SequenceKey, SubmitError, Usage};
-use crate::sequence::{Rank, Sequence};
+use crate::sequence::Sequence;
 use crate::step::Stepper;
 
 pub(crate) fn key(sequence: u64) -> SequenceKey {
@@ -78,7 +78,7 @@ impl Rig {
     pub(crate) fn new(backend: FakeBackend, config: &EngineConfig) -> Self {
         let limits = Limits::resolve(config, &backend).expect("settings");
         let metrics = EngineMetrics::default();
-        let (start, millis) = (Instant::now(), Arc::new(AtomicU64::new(0)));
+        let (start, millis) = (Instant::now(), backend.probe().clock);
         let time = Arc::clone(&millis);
         let pace = Arc::new(AtomicU64::new(0));
         let passes = Arc::clone(&pace);
@@ -124,12 +124,7 @@ impl Rig {
         let now = self.stepper.now();
         let mut sequence = Sequence::new(request, &self.limits, &numerics, now)?;
         self.ordinal += 1;
-        sequence.rank = Rank::new(
-            self.ordinal,
-            now - self.start,
-            sequence.priority,
-            self.limits.priority_aging,
-        );
+        sequence.enter(self.ordinal, now - self.start, self.limits.priority_aging);
         self.resumed.insert(sequence.key, resumed);
         self.stepper.submit(Box::new(sequence));
         Ok(())
