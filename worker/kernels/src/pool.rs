@@ -39,7 +39,7 @@ struct Signal {
 impl Signal {
     /// Waits until `done` holds for the number: spins, then sleeps.
     fn wait(&self, done: impl Fn(u32) -> bool) {
-        let mut started = None;
+        let mut started: Option<Instant> = None;
         loop {
             for _ in 0..64 {
                 if done(self.word.load(Ordering::Acquire)) {
@@ -47,8 +47,11 @@ impl Signal {
                 }
                 std::hint::spin_loop();
             }
-            if started.get_or_insert_with(Instant::now).elapsed() > SPIN {
-                break;
+            match started {
+                None => started = Some(Instant::now()),
+                Some(started) if started.elapsed() > SPIN => break,
+                // Whoever waits for this core may be whom this thread waits for.
+                Some(_) => std::thread::yield_now(),
             }
         }
         self.sleepers.fetch_add(1, Ordering::SeqCst);
