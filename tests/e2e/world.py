@@ -15,8 +15,8 @@ class Link:
     """A relay before a worker. A cut holds up what is under way, as a network does that drops packets
     which are sent again later."""
 
-    def __init__(self, target):
-        self.target, self.tasks = target, set()
+    def __init__(self):
+        self.target, self.tasks = None, set()
         self.whole = asyncio.Event()
         self.whole.set()
 
@@ -62,18 +62,21 @@ class Kept:
     """A worker that is started again whenever it ends, and the link to it."""
 
     def __init__(self, name, ranks):
-        self.name, self.ranks, self.port, self.process = name, ranks, free_port(), None
-        self.link = Link(self.port)
+        self.name, self.ranks, self.process = name, ranks, None
+        self.link = Link()
 
     async def keep(self, membership):
         await self.link.open()
         command = [BINARY, "worker", "--membership", membership, "--membership-ttl", "2s", "--group", self.name,
-                   "--listen", f"127.0.0.1:{self.port}", "--advertise", f"127.0.0.1:{self.link.port}",
+                   "--advertise", f"127.0.0.1:{self.link.port}",
                    "--threads", "1", "--tensor-parallel", str(self.ranks), "--rank-timeout", "1s"]
         env = {**os.environ, "SHOAL_WORKER_KV_SIZE": "128MiB"}
         while True:
+            # Another one each time: somebody else may have taken the last.
+            self.link.target = free_port()
             self.process = await asyncio.create_subprocess_exec(
-                *command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                *command, "--listen", f"127.0.0.1:{self.link.target}", env=env,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             await self.process.wait()
             await asyncio.sleep(0.1)
 
