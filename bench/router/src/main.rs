@@ -3,6 +3,7 @@
 //! tables.
 
 mod http;
+mod http2;
 mod index;
 mod overhead;
 mod overload;

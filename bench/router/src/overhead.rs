@@ -21,12 +21,14 @@ use tokio::task::JoinSet;
 use crate::{
     Result,
     http::{Exchange, completion},
+    http2::{self, Connections},
     paced::{self, BYTES, MARK, Pace, PacedWorker, Stamps},
     peer,
     router::Router,
     stats::percentile_ms,
 };
 
+const PATH: &str = "/v1/completions";
 /// For the start of the streams, before anything is measured.
 const WARM_UP: Duration = Duration::from_secs(4);
 
@@ -41,6 +43,9 @@ pub(crate) struct Args {
     /// Tokens a second of each stream
     #[arg(long, default_value_t = 20.0)]
     rate: f64,
+    /// Connections that the streams share over HTTP/2
+    #[arg(long, default_value_t = 8)]
+    connections: usize,
     /// Seconds that are measured
     #[arg(long, default_value_t = 10)]
     seconds: u64,
@@ -117,25 +122,28 @@ pub(crate) async fn run(shoal: &Path, args: &Args) -> Result<()> {
     let addresses = workers.iter().map(|w| w.address);
     let limit = args.streams.to_string();
     let router = Router::start(shoal, addresses, &["--max-running", &limit]).await?;
-    let mut routed = through(args, &router, &stamps, |stream| {
-        json!([BYTES + stream as u32])
-    })
-    .await?;
-    drop((router, workers));
+    let prompt = |stream| json!([BYTES + stream as u32]);
+    let mut routed = through(args, &router, &stamps, prompt).await?;
     routed.print("through shoal router");
     println!(
         "| added | {:.2} ms | {:.2} ms | | |",
         routed.percentile(50.0) - direct.percentile(50.0),
         routed.percentile(99.0) - direct.percentile(99.0)
     );
+    through_few(args, &router, &stamps, prompt)
+        .await?
+        .print("through shoal router, HTTP/2");
+    drop((router, workers));
     if let Some(python) = &args.sglang {
         let address = peer::http_worker(stamps.clone(), interval).await?;
         let router = peer::sglang_router(python, address).await?;
-        through(args, &router, &stamps, |stream| {
-            json!(format!("~{stream};"))
-        })
-        .await?
-        .print("through sglang-router");
+        let prompt = |stream| json!(format!("~{stream};"));
+        through(args, &router, &stamps, prompt)
+            .await?
+            .print("through sglang-router");
+        through_few(args, &router, &stamps, prompt)
+            .await?
+            .print("through sglang-router, HTTP/2");
     }
     Ok(())
 }
@@ -160,19 +168,98 @@ impl Measured {
     }
 }
 
-/// Streams over HTTP through a router.
+/// Streams through a router, on a connection each.
 async fn through(
     args: &Args,
     router: &Router,
     stamps: &Arc<Stamps>,
     prompt: impl Fn(usize) -> Value,
 ) -> Result<Measured> {
+    let to = router.address;
+    let read = |mut reader: Reader| {
+        let body = completion(prompt(reader.stream), stamps.tokens(), true);
+        async move {
+            let mut exchange = Exchange::post(to, PATH, &body).await?;
+            loop {
+                exchange.bytes.clear();
+                match exchange.more().await? {
+                    [] => return Ok(reader.first),
+                    news => reader.take(news),
+                }
+            }
+        }
+    };
+    streams(args, router, stamps, read).await
+}
+
+/// Streams through a router, on few connections.
+async fn through_few(
+    args: &Args,
+    router: &Router,
+    stamps: &Arc<Stamps>,
+    prompt: impl Fn(usize) -> Value,
+) -> Result<Measured> {
+    let connections = Connections::open(router.address, args.connections).await?;
+    let read = |mut reader: Reader| {
+        let body = completion(prompt(reader.stream), stamps.tokens(), true);
+        let connection = connections.of(reader.stream);
+        async move {
+            let mut answer = http2::post(connection, PATH, body).await?;
+            while let Some(news) = answer.data().await {
+                let news = news?;
+                answer.flow_control().release_capacity(news.len())?;
+                reader.take(&news);
+            }
+            Ok(reader.first)
+        }
+    };
+    streams(args, router, stamps, read).await
+}
+
+/// What has come of one stream.
+struct Reader {
+    stream: usize,
+    seen: usize,
+    /// What came first, should it end too early.
+    first: String,
+    stamps: Arc<Stamps>,
+    ages: Arc<Ages>,
+}
+
+impl Reader {
+    fn take(&mut self, news: &[u8]) {
+        if self.first.is_empty() {
+            self.first = String::from_utf8_lossy(news).into_owned();
+        }
+        let tokens = news.iter().filter(|&&byte| byte == MARK).count();
+        let tokens = self.seen..self.seen + tokens;
+        self.seen = tokens.end;
+        let (stream, stamps) = (self.stream, &self.stamps);
+        self.ages
+            .add(tokens.filter_map(|token| stamps.age(stream, token)));
+    }
+}
+
+/// Measures streams, each read by what `read` gives, which ends with what came first.
+async fn streams<R>(
+    args: &Args,
+    router: &Router,
+    stamps: &Arc<Stamps>,
+    read: impl Fn(Reader) -> R,
+) -> Result<Measured>
+where
+    R: Future<Output = Result<String>> + Send + 'static,
+{
     let ages = Arc::new(Ages::default());
     let mut tasks = JoinSet::new();
     for stream in 0..args.streams {
-        let (ages, stamps) = (ages.clone(), stamps.clone());
-        let body = completion(prompt(stream), stamps.tokens(), true);
-        tasks.spawn(read(router.address, body, stream, stamps, ages));
+        tasks.spawn(read(Reader {
+            stream,
+            seen: 0,
+            first: String::new(),
+            stamps: stamps.clone(),
+            ages: ages.clone(),
+        }));
     }
     let measured = tokio::select! {
         measured = measure(&ages, args.seconds, Some(router)) => measured?,
@@ -182,31 +269,6 @@ async fn through(
     };
     tasks.shutdown().await;
     Ok(measured)
-}
-
-/// One stream, until its end; what came first, should it end too early.
-async fn read(
-    address: SocketAddr,
-    body: String,
-    stream: usize,
-    stamps: Arc<Stamps>,
-    ages: Arc<Ages>,
-) -> Result<String> {
-    let mut exchange = Exchange::post(address, "/v1/completions", &body).await?;
-    let (mut seen, mut first) = (0, String::new());
-    loop {
-        exchange.bytes.clear();
-        let news = exchange.more().await?;
-        if news.is_empty() {
-            return Ok(first);
-        }
-        if seen == 0 {
-            first = String::from_utf8_lossy(news).into_owned();
-        }
-        let tokens = news.iter().filter(|&&byte| byte == MARK).count();
-        ages.add((seen..seen + tokens).filter_map(|token| stamps.age(stream, token)));
-        seen += tokens;
-    }
 }
 
 /// Streams over the workers' own protocol: one session for each worker.
