@@ -87,7 +87,10 @@ impl Exchange {
     }
 }
 
-/// A body for `/v1/completions`.
+/// Where [`completion`]s go.
+pub(crate) const COMPLETIONS: &str = "/v1/completions";
+
+/// A body for [`COMPLETIONS`].
 pub(crate) fn completion(prompt: impl Serialize, max_tokens: usize, stream: bool) -> String {
     serde_json::json!({
         "model": "paced",

@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     Result,
-    http::{Exchange, completion},
+    http::{COMPLETIONS, Exchange, completion},
     http2::{self, Connections},
     paced::{self, BYTES, MARK, Pace, PacedWorker, Stamps},
     peer,
@@ -28,7 +28,6 @@ use crate::{
     stats::percentile_ms,
 };
 
-const PATH: &str = "/v1/completions";
 /// For the start of the streams, before anything is measured.
 const WARM_UP: Duration = Duration::from_secs(4);
 
@@ -179,7 +178,7 @@ async fn through(
     let read = |mut reader: Reader| {
         let body = completion(prompt(reader.stream), stamps.tokens(), true);
         async move {
-            let mut exchange = Exchange::post(to, PATH, &body).await?;
+            let mut exchange = Exchange::post(to, COMPLETIONS, &body).await?;
             loop {
                 exchange.bytes.clear();
                 match exchange.more().await? {
@@ -204,7 +203,7 @@ async fn through_few(
         let body = completion(prompt(reader.stream), stamps.tokens(), true);
         let connection = connections.of(reader.stream);
         async move {
-            let mut answer = http2::post(connection, PATH, body).await?;
+            let mut answer = http2::post(connection, COMPLETIONS, body).await?;
             while let Some(news) = answer.data().await {
                 let news = news?;
                 answer.flow_control().release_capacity(news.len())?;

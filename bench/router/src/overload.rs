@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     Result,
-    http::{Exchange, completion},
+    http::{COMPLETIONS, Exchange, completion},
     paced::{self, Pace, Stamps},
     router::Router,
     stats::percentile_ms,
@@ -47,7 +47,7 @@ struct Answer {
 
 async fn ask(address: SocketAddr, body: Arc<str>) -> Result<Answer> {
     let start = Instant::now();
-    let mut exchange = Exchange::post(address, "/v1/completions", &body).await?;
+    let mut exchange = Exchange::post(address, COMPLETIONS, &body).await?;
     exchange.finish().await?;
     Ok(Answer {
         status: exchange.status(),

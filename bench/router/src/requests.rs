@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     Result,
-    http::{Exchange, completion},
+    http::{COMPLETIONS, Exchange, completion},
     paced::{self, Pace, Stamps},
     peer,
     router::Router,
@@ -115,7 +115,7 @@ async fn ask(
         let mut text = format!("{client} {number} ");
         text.extend(std::iter::repeat_n('a', prompt.saturating_sub(text.len())));
         let body = completion(text, tokens, false);
-        let mut exchange = Exchange::post(to, "/v1/completions", &body).await?;
+        let mut exchange = Exchange::post(to, COMPLETIONS, &body).await?;
         exchange.finish().await?;
         if exchange.status() != 200 {
             let answer = String::from_utf8_lossy(&exchange.bytes);

@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     Result,
-    http::{Exchange, completion},
+    http::{COMPLETIONS, Exchange, completion},
     paced::{self, Pace, Stamps},
     router::Router,
     stats::percentile_ms,
@@ -148,7 +148,7 @@ pub(crate) async fn run(shoal: &Path, args: &Args) -> Result<()> {
 
 async fn ask(address: std::net::SocketAddr, body: &str) -> Result<Answer> {
     let start = Instant::now();
-    let mut exchange = Exchange::post(address, "/v1/completions", body).await?;
+    let mut exchange = Exchange::post(address, COMPLETIONS, body).await?;
     exchange.more().await?;
     let first = start.elapsed().as_secs_f64();
     exchange.finish().await?;

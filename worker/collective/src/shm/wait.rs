@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use rustix::thread::{futex, sched_yield};
+use rustix::thread::futex;
 
 use super::segment::{Header, Segment};
 use crate::CollectiveError;
@@ -136,7 +136,7 @@ impl Peers {
                 break;
             }
             // Whoever waits for this core may be whom this rank waits for.
-            sched_yield();
+            std::thread::yield_now();
         }
         loop {
             self.check(segment)?;

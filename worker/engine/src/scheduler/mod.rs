@@ -4,7 +4,8 @@
 //! each, then chunks of prompts. What is left goes to waiting sequences, in order of rank. A
 //! sequence is admitted with the pages of all its known tokens, so only decode rows can find
 //! the pool empty; then the running sequence of the last rank loses its pages, waits at its
-//! old rank, and is computed again. A step that took pages away admits nobody.
+//! old rank, and is computed again. A step that took pages away admits nobody. While answers that
+//! clients read already are computed again, steps may be longer than they should be.
 //!
 //! Tokens do not depend on any of this: it decides when a row is computed, never how.
 
