@@ -2,7 +2,7 @@
 """What a long prompt does to streams that are under way: the gaps between their tokens, alone and while
 prompts of about 2,000 tokens arrive one after the other.
 
-  bench/itl.py --base-url http://127.0.0.1:8000 --streams 8 --prompts 3
+  bench/itl.py --base-url http://127.0.0.1:8080 --streams 8 --prompts 3
 
 Needs aiohttp.
 """

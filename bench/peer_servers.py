@@ -124,7 +124,7 @@ class Llama:
         build = args.cache / "build"
         subprocess.run(["cmake", "-B", build, "-S", source, "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON",
                         "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DBUILD_SHARED_LIBS=OFF"], check=True)
-        subprocess.run(["cmake", "--build", build, "-j", "--target", "llama-server"], check=True)
+        subprocess.run(["cmake", "--build", build, "-j", str(os.cpu_count()), "--target", "llama-server"], check=True)
 
     def start(self, streams, *flags):
         port, context = free_port(), max(512 * streams, 4096)

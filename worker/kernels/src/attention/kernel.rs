@@ -20,6 +20,11 @@ const ROWS: usize = 4;
 /// Vectors of scores in a page.
 pub(super) const TILES: usize = PAGE / LANES;
 
+/// Whether the registers hold more than one vector of sums for each of so many queries.
+const fn roomy<L: Lanes>() -> bool {
+    L::REGISTERS >= 4 * ROWS
+}
+
 /// # Safety
 /// See [`Lanes`]; shapes as [`attend`] checks them.
 #[inline(always)]
@@ -248,8 +253,14 @@ unsafe fn scores<L: Lanes, K: Kept<L>, const R: usize, const ASK: bool>(
             return tiles_of::<L, K, R, { 2 * TILES }, ASK>(q, tiles, hd, out);
         }
         for (page, &keys) in pages[..len.div_ceil(PAGE)].iter().enumerate() {
-            let tiles = [keys, second(keys)];
-            tiles_of::<L, K, R, TILES, ASK>(q, tiles, hd, out.add(page * PAGE));
+            let out = out.add(page * PAGE);
+            if roomy::<L>() {
+                let tiles = [keys, second(keys)];
+                tiles_of::<L, K, R, TILES, ASK>(q, tiles, hd, out);
+            } else {
+                tiles_of::<L, K, R, 1, ASK>(q, [keys], hd, out);
+                tiles_of::<L, K, R, 1, ASK>(q, [second(keys)], hd, out.add(LANES));
+            }
         }
     }
 }
@@ -301,7 +312,7 @@ unsafe fn weighted<L: Lanes, K: Kept<L>, const R: usize, const ASK: bool>(
     let mut d = 0;
     // SAFETY: `w` has R·SPAN/2 places, `out` R·hd elements, and the pages are whole.
     unsafe {
-        while d + 4 * LANES <= hd {
+        while roomy::<L>() && d + 4 * LANES <= hd {
             weighted_part::<L, K, R, 4, ASK>(w, pages, (len, factors), hd, d, out);
             d += 4 * LANES;
         }
@@ -324,18 +335,20 @@ unsafe fn weighted_part<L: Lanes, K: Kept<L>, const R: usize, const C: usize, co
     // SAFETY: as `weighted`.
     unsafe {
         let mut acc = [[K::none(); C]; R];
-        for pair in 0..len.div_ceil(2) {
-            let (page, inner) = (pair / (PAGE / 2), pair % (PAGE / 2));
-            let values = pages[page].add(K::TYPE.half_words(hd));
-            for c in 0..C {
-                let at = inner * hd + d + c * LANES;
-                if ASK {
-                    L::prefetch(K::line(next[page], at).cast());
-                }
-                let words = K::load(K::line(values, at));
-                for r in 0..R {
-                    let by = w.add(r * (SPAN / 2)).cast::<K::By>().add(pair);
-                    acc[r][c] = K::dot(acc[r][c], words, by);
+        for (page, (values, next)) in pages.iter().zip(next).enumerate() {
+            let pairs = len.saturating_sub(page * PAGE).min(PAGE).div_ceil(2);
+            let values = values.add(K::TYPE.half_words(hd));
+            for pair in 0..pairs {
+                for c in 0..C {
+                    let at = pair * hd + d + c * LANES;
+                    if ASK {
+                        L::prefetch(K::line(*next, at).cast());
+                    }
+                    let words = K::load(K::line(values, at));
+                    for r in 0..R {
+                        let by = w.add(r * (SPAN / 2)).cast::<K::By>();
+                        acc[r][c] = K::dot(acc[r][c], words, by.add(page * PAGE / 2 + pair));
+                    }
                 }
             }
         }

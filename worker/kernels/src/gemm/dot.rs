@@ -26,7 +26,7 @@ pub(super) trait Dot: Lanes {
     /// Rows from which on it pays to widen quants of four bits to eight before the dots.
     const MANY: usize = usize::MAX;
 
-    /// The quants of a tile, ready for [`dot`](Self::dot).
+    /// The quants of a tile, ready for [`dots`](Self::dots).
     type Quants: Copy;
 
     /// Sixteen f16.
@@ -35,13 +35,14 @@ pub(super) trait Dot: Lanes {
     unsafe fn bf16(p: *const u8) -> Self;
     /// The quants of a tile.
     unsafe fn unpack<const V: usize>(p: *const u8) -> Self::Quants;
-    /// The sums over the columns of `part` of `(q - zero) * activation`, exact.
-    unsafe fn dot<const V: usize>(
+    /// The sums over the columns of `part` of `(q - zero) * activation`, exact, for `M` rows of
+    /// activations. `NARROW` quants are less than 16, whatever `V`.
+    unsafe fn dots<const V: usize, const NARROW: bool, const M: usize>(
         quants: &Self::Quants,
-        act: &QuantBlock,
+        acts: *const QuantBlock,
         part: Part,
         zero: i32,
-    ) -> Self;
+    ) -> [Self; M];
     /// `1 + q / 2^BITS` for the quant at bit `at` of each of sixteen words.
     #[inline(always)]
     unsafe fn one_and<const BITS: u32>(p: *const u8, at: u32) -> Self {
@@ -116,20 +117,26 @@ impl Dot for Scalar {
     }
 
     #[inline(always)]
-    unsafe fn dot<const V: usize>(
+    unsafe fn dots<const V: usize, const NARROW: bool, const M: usize>(
         quants: &Self::Quants,
-        act: &QuantBlock,
+        acts: *const QuantBlock,
         part: Part,
         zero: i32,
-    ) -> Self {
+    ) -> [Self; M] {
         let (from, to) = part.groups();
-        let start = zero * part.neg_sum(act);
-        Self(quants.map(|row| {
-            let pairs = row[4 * from..4 * to]
-                .iter()
-                .zip(&act.values[4 * from..4 * to]);
-            let dot = pairs.map(|(&q, &a)| i32::from(q) * i32::from(a));
-            (start + dot.sum::<i32>()) as f32
-        }))
+        let mut dots = [Self([0.0; STRIP]); M];
+        for (i, dot) in dots.iter_mut().enumerate() {
+            // SAFETY: the caller vouches for the blocks of `M` rows.
+            let act = unsafe { &*acts.add(i) };
+            let start = zero * part.neg_sum(act);
+            for (dot, row) in dot.0.iter_mut().zip(quants) {
+                let pairs = row[4 * from..4 * to]
+                    .iter()
+                    .zip(&act.values[4 * from..4 * to]);
+                let products = pairs.map(|(&q, &a)| i32::from(q) * i32::from(a));
+                *dot = (start + products.sum::<i32>()) as f32;
+            }
+        }
+        dots
     }
 }

@@ -63,7 +63,7 @@ pub(super) unsafe fn quants<L: Dot, const V: usize, const MIN: bool, const HALVE
             by_rows!(
                 task,
                 L,
-                |strip| widen::<L, MIN>(task.strip(strip), panel),
+                |strip| widen::<L>(task.format(), task.strip(strip), panel),
                 |tiles, row, M| {
                     let acts = task.acts.block(row, 0).cast_const();
                     quant_strip::<L, 8, MIN, HALVES, true, M>(tiles, acts)
@@ -78,17 +78,12 @@ pub(super) unsafe fn quants<L: Dot, const V: usize, const MIN: bool, const HALVE
     }
 }
 
-/// A strip of four bits with its quants as eight and its scales as floats: the same numbers, as a
-/// zero point moves with its quants.
+/// A strip of four bits with its quants as eight and its scales as floats.
 ///
 /// # Safety
 /// As [`quants`].
 #[inline(always)]
-unsafe fn widen<'a, L: Dot, const MIN: bool>(strip: &[u8], panel: &'a mut Panel) -> &'a [u8] {
-    let (format, add) = match MIN {
-        true => (Format::U4Min, 0),
-        false => (Format::U4Zero, 128 - 8),
-    };
+unsafe fn widen<'a, L: Dot>(format: Format, strip: &[u8], panel: &'a mut Panel) -> &'a [u8] {
     let (head, tile) = (format.head_bytes(), format.tile_bytes());
     let wide = 2 * head + 8 * 64;
     let out = panel.bytes(strip.len() / tile * wide);
@@ -110,7 +105,7 @@ unsafe fn widen<'a, L: Dot, const MIN: bool>(strip: &[u8], panel: &'a mut Panel)
         for (vector, out) in quants.chunks_exact(64).zip(out.chunks_exact_mut(128)) {
             let (low, high) = out.split_at_mut(64);
             for ((&q, low), high) in vector.iter().zip(low).zip(high) {
-                (*low, *high) = ((q & 0xf) + add, (q >> 4) + add);
+                (*low, *high) = (q & 0xf, q >> 4);
             }
         }
     }
@@ -136,9 +131,9 @@ unsafe fn quant_strip<
     // Bytes of sixteen scales.
     let vector = if WIDE { 4 * STRIP } else { 2 * STRIP };
     let head = if MIN || HALVES { 2 * vector } else { vector };
-    let zero = match (MIN, V) {
+    let zero = match (MIN, WIDE || V == 4) {
         (true, _) => 0,
-        (_, 4) => 8,
+        (_, true) => 8,
         _ => 128,
     };
     // SAFETY: the contract of this function; blocks of one row are `GROUP` apart.
@@ -157,6 +152,9 @@ unsafe fn quant_strip<
                     L::prefetch(tile.wrapping_add(ahead + line));
                 }
             }
+            let quants = L::unpack::<V>(tile.add(head));
+            let first = if HALVES { Part::Low } else { Part::All };
+            let dots: [L; M] = L::dots::<V, WIDE, M>(&quants, acts, first, zero);
             let floats = |at: *const u8| if WIDE { L::load(at.cast()) } else { L::f16(at) };
             let scales = floats(tile);
             let second = if MIN || HALVES {
@@ -164,21 +162,17 @@ unsafe fn quant_strip<
             } else {
                 scales
             };
-            let quants = L::unpack::<V>(tile.add(head));
-            for (i, sums) in sums.iter_mut().enumerate() {
+            for (i, (sums, dot)) in sums.iter_mut().zip(dots).enumerate() {
                 let act = &*acts.add(i);
-                let scale = L::splat(act.scale);
-                if HALVES {
-                    let low = L::dot::<V>(&quants, act, Part::Low, zero);
-                    let high = L::dot::<V>(&quants, act, Part::High, zero);
-                    *sums = low.fma(scales.mul(scale), *sums);
-                    *sums = high.fma(second.mul(scale), *sums);
-                } else {
-                    let dot = L::dot::<V>(&quants, act, Part::All, zero);
-                    *sums = dot.fma(scales.mul(scale), *sums);
-                    if MIN {
-                        *sums = second.fma(L::splat(act.scaled_sum), *sums);
-                    }
+                *sums = dot.fma(scales.mul(L::splat(act.scale)), *sums);
+                if MIN {
+                    *sums = second.fma(L::splat(act.scaled_sum), *sums);
+                }
+            }
+            if HALVES {
+                let dots: [L; M] = L::dots::<V, WIDE, M>(&quants, acts, Part::High, zero);
+                for (i, (sums, dot)) in sums.iter_mut().zip(dots).enumerate() {
+                    *sums = dot.fma(second.mul(L::splat((*acts.add(i)).scale)), *sums);
                 }
             }
             acts = acts.add(GROUP);

@@ -13,9 +13,8 @@ use crate::simd::{Neon, sdot};
 impl Dot for Neon {
     const ROWS: usize = 4;
 
-    /// Register j of group g holds the columns 4g..4g+4 of the rows 4j..4j+4, those of 8 bits
-    /// less 128: the instruction takes signed bytes.
-    type Quants = [[int8x16_t; 4]; 8];
+    /// Where they are: the registers hold the sums of four rows and no tile beside them.
+    type Quants = *const u8;
 
     #[inline(always)]
     unsafe fn f16(p: *const u8) -> Self {
@@ -34,45 +33,73 @@ impl Dot for Neon {
 
     #[inline(always)]
     unsafe fn unpack<const V: usize>(p: *const u8) -> Self::Quants {
-        unsafe {
-            let (mask, offset) = (vdupq_n_u8(0xf), vdupq_n_u8(0x80));
-            let mut w = [[vdupq_n_s8(0); 4]; 8];
-            for v in 0..V {
-                for j in 0..4 {
-                    let x = vld1q_u8(p.add(64 * v + 16 * j));
-                    if V == 8 {
-                        w[v][j] = vreinterpretq_s8_u8(veorq_u8(x, offset));
-                    } else {
-                        w[2 * v][j] = vreinterpretq_s8_u8(vandq_u8(x, mask));
-                        w[2 * v + 1][j] = vreinterpretq_s8_u8(vshrq_n_u8::<4>(x));
-                    }
-                }
-            }
-            w
-        }
+        p
     }
 
     #[inline(always)]
-    unsafe fn dot<const V: usize>(
+    unsafe fn dots<const V: usize, const NARROW: bool, const M: usize>(
         quants: &Self::Quants,
-        act: &QuantBlock,
+        acts: *const QuantBlock,
         part: Part,
         zero: i32,
-    ) -> Self {
+    ) -> [Self; M] {
         unsafe {
+            // The instruction takes signed bytes: those of 8 bits are less 128.
             let zero = if V == 8 { zero - 128 } else { zero };
-            let mut sums = [vdupq_n_s32(zero * part.neg_sum(act)); 4];
+            let mut sums = [[vdupq_n_s32(0); 4]; M];
+            for (i, sums) in sums.iter_mut().enumerate() {
+                *sums = [vdupq_n_s32(zero * part.neg_sum(&*acts.add(i))); 4];
+            }
             let (from, to) = part.groups();
             for g in (from..to).step_by(4) {
-                let activations = vld1q_s8(act.values.as_ptr().add(4 * g));
-                for (j, sum) in sums.iter_mut().enumerate() {
-                    *sum = sdot::<0>(*sum, quants[g][j], activations);
-                    *sum = sdot::<1>(*sum, quants[g + 1][j], activations);
-                    *sum = sdot::<2>(*sum, quants[g + 2][j], activations);
-                    *sum = sdot::<3>(*sum, quants[g + 3][j], activations);
+                let mut columns = [vdupq_n_s8(0); M];
+                for (i, columns) in columns.iter_mut().enumerate() {
+                    *columns = vld1q_s8((*acts.add(i)).values.as_ptr().add(4 * g));
                 }
+                add::<0, M>(&mut sums, group::<V>(*quants, g), &columns);
+                add::<1, M>(&mut sums, group::<V>(*quants, g + 1), &columns);
+                add::<2, M>(&mut sums, group::<V>(*quants, g + 2), &columns);
+                add::<3, M>(&mut sums, group::<V>(*quants, g + 3), &columns);
             }
-            Self(sums.map(|sum| vcvtq_f32_s32(sum)))
+            sums.map(|sums| Self(sums.map(|sum| vcvtq_f32_s32(sum))))
+        }
+    }
+}
+
+/// The columns 4g..4g+4 of the rows of a tile, those of 8 bits less 128.
+///
+/// # Safety
+/// The machine has NEON, and the tile is there.
+#[inline(always)]
+unsafe fn group<const V: usize>(tile: *const u8, g: usize) -> [int8x16_t; 4] {
+    unsafe {
+        let mut quants = [vdupq_n_s8(0); 4];
+        for (j, quants) in quants.iter_mut().enumerate() {
+            // A vector has four columns of eight bits, or eight of four.
+            let x = |vector| vld1q_u8(tile.add(64 * vector + 16 * j));
+            *quants = vreinterpretq_s8_u8(match (V, g % 2) {
+                (8, _) => veorq_u8(x(g), vdupq_n_u8(0x80)),
+                (_, 0) => vandq_u8(x(g / 2), vdupq_n_u8(0xf)),
+                _ => vshrq_n_u8::<4>(x(g / 2)),
+            });
+        }
+        quants
+    }
+}
+
+/// Adds the products of a group with four columns of each row of activations.
+///
+/// # Safety
+/// The machine has the dot instructions.
+#[inline(always)]
+unsafe fn add<const LANE: i32, const M: usize>(
+    sums: &mut [[int32x4_t; 4]; M],
+    quants: [int8x16_t; 4],
+    columns: &[int8x16_t; M],
+) {
+    for (sums, columns) in sums.iter_mut().zip(columns) {
+        for (sum, quants) in sums.iter_mut().zip(quants) {
+            *sum = unsafe { sdot::<LANE>(*sum, quants, *columns) };
         }
     }
 }

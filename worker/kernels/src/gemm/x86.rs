@@ -3,11 +3,12 @@
 // SAFETY of every block below: the trait's contract gives the instruction set, and valid
 // pointers where there are any.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::dot::{Dot, Part};
 use crate::quant::QuantBlock;
-use crate::simd::{Avx2, Avx512};
+use crate::simd::{Avx2, Avx512, Lanes};
 
 /// Four activations as one word.
 #[inline(always)]
@@ -55,19 +56,24 @@ impl Dot for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn dot<const V: usize>(
+    unsafe fn dots<const V: usize, const NARROW: bool, const M: usize>(
         quants: &Self::Quants,
-        act: &QuantBlock,
+        acts: *const QuantBlock,
         part: Part,
         zero: i32,
-    ) -> Self {
+    ) -> [Self; M] {
         unsafe {
-            let mut dot = _mm512_set1_epi32(zero * part.neg_sum(act));
+            let mut dots = [Self(_mm512_setzero_ps()); M];
             let (from, to) = part.groups();
-            for g in from..to {
-                dot = _mm512_dpbusd_epi32(dot, quants[g], _mm512_set1_epi32(word(act, g)));
+            for (i, out) in dots.iter_mut().enumerate() {
+                let act = &*acts.add(i);
+                let mut dot = _mm512_set1_epi32(zero * part.neg_sum(act));
+                for g in from..to {
+                    dot = _mm512_dpbusd_epi32(dot, quants[g], _mm512_set1_epi32(word(act, g)));
+                }
+                *out = Self(_mm512_cvtepi32_ps(dot));
             }
-            Self(_mm512_cvtepi32_ps(dot))
+            dots
         }
     }
 
@@ -92,10 +98,10 @@ impl Dot for Avx512 {
 
 impl Dot for Avx2 {
     const ROWS: usize = 4;
+    const MANY: usize = 16;
 
-    /// Plane 0 holds the low four bits, plane 1 the high ones of 8-bit quants; in it, half h of
-    /// group g the columns 4g..4g+4 of the rows 8h..8h+8.
-    type Quants = [[[__m256i; 2]; 8]; 2];
+    /// Where they are: the registers hold the sums of four rows and no tile beside them.
+    type Quants = *const u8;
 
     #[inline(always)]
     unsafe fn f16(p: *const u8) -> Self {
@@ -121,62 +127,142 @@ impl Dot for Avx2 {
 
     #[inline(always)]
     unsafe fn unpack<const V: usize>(p: *const u8) -> Self::Quants {
-        unsafe {
-            let mask = _mm256_set1_epi8(0xf);
-            let mut w = [[[_mm256_setzero_si256(); 2]; 8]; 2];
-            for v in 0..V {
-                for h in 0..2 {
-                    let x = _mm256_loadu_si256(p.add(64 * v + 32 * h).cast());
-                    let low = _mm256_and_si256(x, mask);
-                    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(x), mask);
-                    if V == 8 {
-                        (w[0][v][h], w[1][v][h]) = (low, high);
-                    } else {
-                        (w[0][2 * v][h], w[0][2 * v + 1][h]) = (low, high);
-                    }
-                }
-            }
-            w
-        }
+        p
     }
 
     #[inline(always)]
-    unsafe fn dot<const V: usize>(
+    unsafe fn dots<const V: usize, const NARROW: bool, const M: usize>(
         quants: &Self::Quants,
-        act: &QuantBlock,
+        acts: *const QuantBlock,
         part: Part,
         zero: i32,
-    ) -> Self {
+    ) -> [Self; M] {
         unsafe {
-            let start = _mm256_set1_epi32(zero * part.neg_sum(act));
-            let mut sums = [start; 2];
-            for (h, sum) in sums.iter_mut().enumerate() {
-                *sum = _mm256_add_epi32(*sum, nibbles(&quants[0], act, part, h));
-                if V == 8 {
-                    let high = nibbles(&quants[1], act, part, h);
-                    *sum = _mm256_add_epi32(*sum, _mm256_slli_epi32::<4>(high));
+            let low = nibbles::<V, NARROW, M>(*quants, false, acts, part);
+            let high = if V == 8 && !NARROW {
+                nibbles::<V, NARROW, M>(*quants, true, acts, part)
+            } else {
+                [[_mm256_setzero_si256(); 2]; M]
+            };
+            let mut dots = [Self::splat(0.0); M];
+            for (i, dot) in dots.iter_mut().enumerate() {
+                let start = _mm256_set1_epi32(zero * part.neg_sum(&*acts.add(i)));
+                let mut sums = [start; 2];
+                for (h, sum) in sums.iter_mut().enumerate() {
+                    let high = _mm256_slli_epi32::<4>(high[i][h]);
+                    *sum = _mm256_add_epi32(*sum, _mm256_add_epi32(low[i][h], high));
                 }
+                *dot = Self(_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1]));
             }
-            Self(_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1]))
+            dots
         }
     }
 }
 
-/// The sums of 4-bit quants times activations, of half the rows.
+/// The sums of four bits of each quant times activations, of `M` rows and both halves of a strip:
+/// the only four, or the low or the `high` ones of eight.
+///
+/// Each sum is [held](hold) in its register from group to group, or the compiler would take the
+/// groups apart, and keep them in memory.
 ///
 /// # Safety
-/// The machine has AVX2.
+/// The machine has AVX2, and the pointers are valid for a tile and `M` blocks.
 #[inline(always)]
-unsafe fn nibbles(plane: &[[__m256i; 2]; 8], act: &QuantBlock, part: Part, h: usize) -> __m256i {
+unsafe fn nibbles<const V: usize, const NARROW: bool, const M: usize>(
+    tile: *const u8,
+    high: bool,
+    acts: *const QuantBlock,
+    part: Part,
+) -> [[__m256i; 2]; M] {
     unsafe {
-        let mut pairs = _mm256_setzero_si256();
+        let mut pairs = [[_mm256_setzero_si256(); 2]; M];
         let (from, to) = part.groups();
-        for g in from..to {
-            // Eight sums of two products of at most 15 * 127 fit in 16 bits.
-            let activations = _mm256_set1_epi32(word(act, g));
-            let products = _mm256_maddubs_epi16(plane[g][h], activations);
-            pairs = _mm256_add_epi16(pairs, products);
+        if V == 8 {
+            for g in from..to {
+                let quants = halves(tile, g);
+                let quants = match (NARROW, high) {
+                    (true, _) => quants,
+                    (_, false) => low_bits(quants),
+                    (_, true) => high_bits(quants),
+                };
+                add(&mut pairs, quants, acts, g);
+            }
+        } else {
+            // A vector has eight columns, the second four in the high bits.
+            for vector in from / 2..to / 2 {
+                let quants = halves(tile, vector);
+                add(&mut pairs, low_bits(quants), acts, 2 * vector);
+                add(&mut pairs, high_bits(quants), acts, 2 * vector + 1);
+            }
         }
-        _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+        let one = _mm256_set1_epi16(1);
+        for pairs in &mut pairs {
+            for sums in pairs {
+                *sums = _mm256_madd_epi16(*sums, one);
+            }
+        }
+        pairs
     }
+}
+
+/// Adds the products of four columns.
+///
+/// # Safety
+/// As [`nibbles`].
+#[inline(always)]
+unsafe fn add<const M: usize>(
+    pairs: &mut [[__m256i; 2]; M],
+    quants: [__m256i; 2],
+    acts: *const QuantBlock,
+    group: usize,
+) {
+    unsafe {
+        for (i, pairs) in pairs.iter_mut().enumerate() {
+            let act = _mm256_set1_epi32(word(&*acts.add(i), group));
+            for (pairs, quants) in pairs.iter_mut().zip(quants) {
+                // Eight sums of two products of at most 15 * 127 fit in 16 bits.
+                let products = _mm256_maddubs_epi16(quants, act);
+                *pairs = hold(_mm256_add_epi16(*pairs, products));
+            }
+        }
+    }
+}
+
+/// A vector of a tile: the rows below eight, and the others.
+///
+/// # Safety
+/// As [`nibbles`].
+#[inline(always)]
+unsafe fn halves(tile: *const u8, vector: usize) -> [__m256i; 2] {
+    unsafe {
+        let start: *const __m256i = tile.add(64 * vector).cast();
+        [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))]
+    }
+}
+
+/// The low four bits of each byte.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn low_bits([a, b]: [__m256i; 2]) -> [__m256i; 2] {
+    let mask = _mm256_set1_epi8(0xf);
+    [_mm256_and_si256(a, mask), _mm256_and_si256(b, mask)]
+}
+
+/// The high four bits of each byte.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn high_bits([a, b]: [__m256i; 2]) -> [__m256i; 2] {
+    low_bits([_mm256_srli_epi16::<4>(a), _mm256_srli_epi16::<4>(b)])
+}
+
+/// The same, in a register.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn hold(mut sums: __m256i) -> __m256i {
+    // SAFETY: there is no instruction.
+    unsafe {
+        asm!("/* {sums} */", sums = inout(ymm_reg) sums,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sums
 }
