@@ -23,8 +23,8 @@ pub(super) enum Part {
 pub(super) trait Dot: Lanes {
     /// Rows of activations whose sums fit in the registers; at most [`GROUP`](crate::quant::GROUP).
     const ROWS: usize;
-    /// Rows from which on it pays to widen quants of four bits to eight before the dots.
-    const MANY: usize = usize::MAX;
+    /// Rows from which on it pays to widen quants of four bits to eight before the dots, if it does.
+    const MANY: Option<usize> = None;
 
     /// The quants of a tile, ready for [`dots`](Self::dots).
     type Quants: Copy;
@@ -80,7 +80,8 @@ impl Part {
 }
 
 impl Dot for Scalar {
-    const ROWS: usize = 8;
+    /// More would be code that is compiled for long and run by tests.
+    const ROWS: usize = 2;
 
     type Quants = [[u8; TILE]; STRIP];
 

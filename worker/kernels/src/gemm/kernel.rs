@@ -34,8 +34,8 @@ macro_rules! by_rows {
                     7 if $L::ROWS >= 8 => rows!(7),
                     6 if $L::ROWS >= 8 => rows!(6),
                     5 if $L::ROWS >= 8 => rows!(5),
-                    4 => rows!(4),
-                    3 => rows!(3),
+                    4 if $L::ROWS >= 4 => rows!(4),
+                    3 if $L::ROWS >= 4 => rows!(3),
                     2 => rows!(2),
                     _ => rows!(1),
                 }
@@ -59,7 +59,7 @@ pub(super) unsafe fn quants<L: Dot, const V: usize, const MIN: bool, const HALVE
 ) {
     // SAFETY: the contract of this function; a strip has its tiles and the rows their blocks.
     unsafe {
-        if V == 4 && task.rows.len() >= L::MANY {
+        if V == 4 && L::MANY.is_some_and(|many| task.rows.len() >= many) {
             by_rows!(
                 task,
                 L,

@@ -146,8 +146,8 @@ unsafe fn rows<L: Dot, P: Pairs<L>, const S: usize>(
             7 if L::ROWS >= 8 => rows!(7),
             6 if L::ROWS >= 8 => rows!(6),
             5 if L::ROWS >= 8 => rows!(5),
-            4 => rows!(4),
-            3 => rows!(3),
+            4 if L::ROWS >= 4 => rows!(4),
+            3 if L::ROWS >= 4 => rows!(3),
             2 => rows!(2),
             _ => rows!(1),
         }

@@ -19,7 +19,7 @@ fn word(act: &QuantBlock, group: usize) -> i32 {
 
 impl Dot for Avx512 {
     const ROWS: usize = 8;
-    const MANY: usize = 64;
+    const MANY: Option<usize> = Some(64);
 
     /// Vector g holds the columns 4g..4g+4.
     type Quants = [__m512i; 8];
@@ -98,7 +98,7 @@ impl Dot for Avx512 {
 
 impl Dot for Avx2 {
     const ROWS: usize = 4;
-    const MANY: usize = 16;
+    const MANY: Option<usize> = Some(16);
 
     /// Where they are: the registers hold the sums of four rows and no tile beside them.
     type Quants = *const u8;
