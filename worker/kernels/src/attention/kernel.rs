@@ -20,11 +20,6 @@ const ROWS: usize = 4;
 /// Vectors of scores in a page.
 pub(super) const TILES: usize = PAGE / LANES;
 
-/// Whether the registers hold more than one vector of sums for each of so many queries.
-const fn roomy<L: Lanes>() -> bool {
-    L::REGISTERS >= 4 * ROWS
-}
-
 /// # Safety
 /// See [`Lanes`]; shapes as [`attend`] checks them.
 #[inline(always)]
@@ -254,7 +249,7 @@ unsafe fn scores<L: Lanes, K: Kept<L>, const R: usize, const ASK: bool>(
         }
         for (page, &keys) in pages[..len.div_ceil(PAGE)].iter().enumerate() {
             let out = out.add(page * PAGE);
-            if roomy::<L>() {
+            if K::WIDE {
                 let tiles = [keys, second(keys)];
                 tiles_of::<L, K, R, TILES, ASK>(q, tiles, hd, out);
             } else {
@@ -312,7 +307,7 @@ unsafe fn weighted<L: Lanes, K: Kept<L>, const R: usize, const ASK: bool>(
     let mut d = 0;
     // SAFETY: `w` has R·SPAN/2 places, `out` R·hd elements, and the pages are whole.
     unsafe {
-        while roomy::<L>() && d + 4 * LANES <= hd {
+        while K::WIDE && d + 4 * LANES <= hd {
             weighted_part::<L, K, R, 4, ASK>(w, pages, (len, factors), hd, d, out);
             d += 4 * LANES;
         }
