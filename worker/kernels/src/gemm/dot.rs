@@ -26,19 +26,14 @@ pub(super) trait Dot: Lanes {
     /// Rows from which on it pays to widen quants of four bits to eight before the dots, if it does.
     const MANY: Option<usize> = None;
 
-    /// The quants of a tile, ready for [`dots`](Self::dots).
-    type Quants: Copy;
-
     /// Sixteen f16.
     unsafe fn f16(p: *const u8) -> Self;
     /// Sixteen bf16.
     unsafe fn bf16(p: *const u8) -> Self;
-    /// The quants of a tile.
-    unsafe fn unpack<const V: usize>(p: *const u8) -> Self::Quants;
-    /// The sums over the columns of `part` of `(q - zero) * activation`, exact, for `M` rows of
-    /// activations. `NARROW` quants are less than 16, whatever `V`.
+    /// The sums over the columns of `part` of `(q - zero) * activation`, exact, for the quants of a
+    /// tile and `M` rows of activations. `NARROW` quants are less than 16, whatever `V`.
     unsafe fn dots<const V: usize, const NARROW: bool, const M: usize>(
-        quants: &Self::Quants,
+        tile: *const u8,
         acts: *const QuantBlock,
         part: Part,
         zero: i32,
@@ -83,8 +78,6 @@ impl Dot for Scalar {
     /// More would be code that is compiled for long and run by tests.
     const ROWS: usize = 2;
 
-    type Quants = [[u8; TILE]; STRIP];
-
     #[inline(always)]
     unsafe fn f16(p: *const u8) -> Self {
         // SAFETY: the caller vouches for sixteen numbers.
@@ -100,37 +93,21 @@ impl Dot for Scalar {
     }
 
     #[inline(always)]
-    unsafe fn unpack<const V: usize>(p: *const u8) -> Self::Quants {
-        let mut quants = [[0; TILE]; STRIP];
-        for v in 0..V {
-            // SAFETY: the caller vouches for V vectors.
-            let vector = unsafe { p.cast::<[[u8; 4]; STRIP]>().add(v).read() };
-            for (row, bytes) in quants.iter_mut().zip(vector) {
-                if V == 8 {
-                    row[4 * v..4 * v + 4].copy_from_slice(&bytes);
-                } else {
-                    row[8 * v..8 * v + 4].copy_from_slice(&bytes.map(|b| b & 0xf));
-                    row[8 * v + 4..8 * v + 8].copy_from_slice(&bytes.map(|b| b >> 4));
-                }
-            }
-        }
-        quants
-    }
-
-    #[inline(always)]
     unsafe fn dots<const V: usize, const NARROW: bool, const M: usize>(
-        quants: &Self::Quants,
+        tile: *const u8,
         acts: *const QuantBlock,
         part: Part,
         zero: i32,
     ) -> [Self; M] {
+        // SAFETY: the caller vouches for the tile.
+        let quants = unsafe { bytes::<V>(tile) };
         let (from, to) = part.groups();
         let mut dots = [Self([0.0; STRIP]); M];
         for (i, dot) in dots.iter_mut().enumerate() {
             // SAFETY: the caller vouches for the blocks of `M` rows.
             let act = unsafe { &*acts.add(i) };
             let start = zero * part.neg_sum(act);
-            for (dot, row) in dot.0.iter_mut().zip(quants) {
+            for (dot, row) in dot.0.iter_mut().zip(&quants) {
                 let pairs = row[4 * from..4 * to]
                     .iter()
                     .zip(&act.values[4 * from..4 * to]);
@@ -140,4 +117,25 @@ impl Dot for Scalar {
         }
         dots
     }
+}
+
+/// The quants of a tile, row by row.
+///
+/// # Safety
+/// `tile` has `V` vectors.
+unsafe fn bytes<const V: usize>(tile: *const u8) -> [[u8; TILE]; STRIP] {
+    let mut quants = [[0; TILE]; STRIP];
+    for v in 0..V {
+        // SAFETY: the contract of this function.
+        let vector = unsafe { tile.cast::<[[u8; 4]; STRIP]>().add(v).read() };
+        for (row, bytes) in quants.iter_mut().zip(vector) {
+            if V == 8 {
+                row[4 * v..4 * v + 4].copy_from_slice(&bytes);
+            } else {
+                row[8 * v..8 * v + 4].copy_from_slice(&bytes.map(|b| b & 0xf));
+                row[8 * v + 4..8 * v + 8].copy_from_slice(&bytes.map(|b| b >> 4));
+            }
+        }
+    }
+    quants
 }

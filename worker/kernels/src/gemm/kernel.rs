@@ -152,9 +152,9 @@ unsafe fn quant_strip<
                     L::prefetch(tile.wrapping_add(ahead + line));
                 }
             }
-            let quants = L::unpack::<V>(tile.add(head));
+            let quants = tile.add(head);
             let first = if HALVES { Part::Low } else { Part::All };
-            let dots: [L; M] = L::dots::<V, WIDE, M>(&quants, acts, first, zero);
+            let dots: [L; M] = L::dots::<V, WIDE, M>(quants, acts, first, zero);
             let floats = |at: *const u8| if WIDE { L::load(at.cast()) } else { L::f16(at) };
             let scales = floats(tile);
             let second = if MIN || HALVES {
@@ -170,7 +170,7 @@ unsafe fn quant_strip<
                 }
             }
             if HALVES {
-                let dots: [L; M] = L::dots::<V, WIDE, M>(&quants, acts, Part::High, zero);
+                let dots: [L; M] = L::dots::<V, WIDE, M>(quants, acts, Part::High, zero);
                 for (i, (sums, dot)) in sums.iter_mut().zip(dots).enumerate() {
                     *sums = dot.fma(second.mul(L::splat((*acts.add(i)).scale)), *sums);
                 }

@@ -13,9 +13,6 @@ use crate::simd::{Neon, sdot};
 impl Dot for Neon {
     const ROWS: usize = 4;
 
-    /// Where they are: the registers hold the sums of four rows and no tile beside them.
-    type Quants = *const u8;
-
     #[inline(always)]
     unsafe fn f16(p: *const u8) -> Self {
         Self(from_fn(|j| unsafe {
@@ -31,14 +28,10 @@ impl Dot for Neon {
         }))
     }
 
-    #[inline(always)]
-    unsafe fn unpack<const V: usize>(p: *const u8) -> Self::Quants {
-        p
-    }
-
+    /// A tile is unpacked four columns at a time: beside the sums of four rows there is no room for it.
     #[inline(always)]
     unsafe fn dots<const V: usize, const NARROW: bool, const M: usize>(
-        quants: &Self::Quants,
+        tile: *const u8,
         acts: *const QuantBlock,
         part: Part,
         zero: i32,
@@ -56,10 +49,10 @@ impl Dot for Neon {
                 for (i, columns) in columns.iter_mut().enumerate() {
                     *columns = vld1q_s8((*acts.add(i)).values.as_ptr().add(4 * g));
                 }
-                add::<0, M>(&mut sums, group::<V>(*quants, g), &columns);
-                add::<1, M>(&mut sums, group::<V>(*quants, g + 1), &columns);
-                add::<2, M>(&mut sums, group::<V>(*quants, g + 2), &columns);
-                add::<3, M>(&mut sums, group::<V>(*quants, g + 3), &columns);
+                add::<0, M>(&mut sums, group::<V>(tile, g), &columns);
+                add::<1, M>(&mut sums, group::<V>(tile, g + 1), &columns);
+                add::<2, M>(&mut sums, group::<V>(tile, g + 2), &columns);
+                add::<3, M>(&mut sums, group::<V>(tile, g + 3), &columns);
             }
             sums.map(|sums| Self(sums.map(|sum| vcvtq_f32_s32(sum))))
         }

@@ -21,9 +21,6 @@ impl Dot for Avx512 {
     const ROWS: usize = 8;
     const MANY: Option<usize> = Some(64);
 
-    /// Vector g holds the columns 4g..4g+4.
-    type Quants = [__m512i; 8];
-
     #[inline(always)]
     unsafe fn f16(p: *const u8) -> Self {
         unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))) }
@@ -38,32 +35,15 @@ impl Dot for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn unpack<const V: usize>(p: *const u8) -> Self::Quants {
-        unsafe {
-            let mask = _mm512_set1_epi8(0xf);
-            let mut w = [_mm512_setzero_si512(); 8];
-            for v in 0..V {
-                let x = _mm512_loadu_si512(p.add(64 * v).cast());
-                if V == 8 {
-                    w[v] = x;
-                } else {
-                    w[2 * v] = _mm512_and_si512(x, mask);
-                    w[2 * v + 1] = _mm512_and_si512(_mm512_srli_epi16::<4>(x), mask);
-                }
-            }
-            w
-        }
-    }
-
-    #[inline(always)]
     unsafe fn dots<const V: usize, const NARROW: bool, const M: usize>(
-        quants: &Self::Quants,
+        tile: *const u8,
         acts: *const QuantBlock,
         part: Part,
         zero: i32,
     ) -> [Self; M] {
         unsafe {
             let mut dots = [Self(_mm512_setzero_ps()); M];
+            let quants = columns::<V>(tile);
             let (from, to) = part.groups();
             for (i, out) in dots.iter_mut().enumerate() {
                 let act = &*acts.add(i);
@@ -96,12 +76,31 @@ impl Dot for Avx512 {
     }
 }
 
+/// The quants of a tile: vector g holds the columns 4g..4g+4.
+///
+/// # Safety
+/// The machine has AVX-512, and the tile is there.
+#[inline(always)]
+unsafe fn columns<const V: usize>(tile: *const u8) -> [__m512i; 8] {
+    unsafe {
+        let mask = _mm512_set1_epi8(0xf);
+        let mut quants = [_mm512_setzero_si512(); 8];
+        for v in 0..V {
+            let x = _mm512_loadu_si512(tile.add(64 * v).cast());
+            if V == 8 {
+                quants[v] = x;
+            } else {
+                quants[2 * v] = _mm512_and_si512(x, mask);
+                quants[2 * v + 1] = _mm512_and_si512(_mm512_srli_epi16::<4>(x), mask);
+            }
+        }
+        quants
+    }
+}
+
 impl Dot for Avx2 {
     const ROWS: usize = 4;
     const MANY: Option<usize> = Some(16);
-
-    /// Where they are: the registers hold the sums of four rows and no tile beside them.
-    type Quants = *const u8;
 
     #[inline(always)]
     unsafe fn f16(p: *const u8) -> Self {
@@ -125,22 +124,18 @@ impl Dot for Avx2 {
         unsafe { Self(half(p), half(p.add(16))) }
     }
 
-    #[inline(always)]
-    unsafe fn unpack<const V: usize>(p: *const u8) -> Self::Quants {
-        p
-    }
-
+    /// A tile is unpacked four columns at a time: beside the sums of four rows there is no room for it.
     #[inline(always)]
     unsafe fn dots<const V: usize, const NARROW: bool, const M: usize>(
-        quants: &Self::Quants,
+        tile: *const u8,
         acts: *const QuantBlock,
         part: Part,
         zero: i32,
     ) -> [Self; M] {
         unsafe {
-            let low = nibbles::<V, NARROW, M>(*quants, false, acts, part);
+            let low = nibbles::<V, NARROW, M>(tile, false, acts, part);
             let high = if V == 8 && !NARROW {
-                nibbles::<V, NARROW, M>(*quants, true, acts, part)
+                nibbles::<V, NARROW, M>(tile, true, acts, part)
             } else {
                 [[_mm256_setzero_si256(); 2]; M]
             };
