@@ -150,7 +150,10 @@ impl Stopping {
         for &token in stops {
             check(token < vocab, "stop_token_ids", "known token ids", token)?;
         }
-        Ok(())
+        // Stop tokens may not be drawn before there are `min_tokens`.
+        let holds = self.min_tokens == 0 || stops.len() < vocab as usize;
+        let expected = "fewer than the vocabulary where min_tokens is set";
+        check(holds, "stop_token_ids", expected, stops.len())
     }
 }
 
@@ -168,6 +171,20 @@ impl Scoring {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn some_token_is_left_before_the_least_length() {
+        let stopping = |min_tokens, tokens| Stopping {
+            min_tokens,
+            max_tokens: 1,
+            stop_tokens: (0..tokens).collect(),
+            ..Stopping::default()
+        };
+        assert_eq!(stopping(1, 9).validate(10), Ok(()));
+        assert_eq!(stopping(0, 10).validate(10), Ok(()));
+        let error = stopping(1, 10).validate(10).unwrap_err();
+        assert_eq!(error.param, "stop_token_ids");
+    }
 
     #[test]
     fn defaults_are_valid() {

@@ -130,8 +130,13 @@ fn adjust(logits: &mut [f32], draw: Draw<'_>, changed: &mut Vec<(TokenId, f32)>)
         changed.push((token, *logit));
         *logit = to(*logit);
     };
+    // A tiny penalty must not make an infinity of a logit.
+    let finite = |old: f32, new: f32| match old.is_finite() {
+        true => new.clamp(f32::MIN, f32::MAX),
+        false => new,
+    };
     for &(token, bias) in &sampling.logit_bias {
-        set(token, &|logit| logit + bias);
+        set(token, &|logit| finite(logit, logit + bias));
     }
     for (token, in_output) in draw.counts.iter() {
         set(token, &|logit| {
@@ -141,10 +146,10 @@ fn adjust(logits: &mut [f32], draw: Draw<'_>, changed: &mut Vec<(TokenId, f32)>)
                 logit * sampling.repetition_penalty
             };
             if in_output == 0 {
-                return repeated;
+                return finite(logit, repeated);
             }
             let frequency = sampling.frequency_penalty * in_output as f32;
-            repeated - sampling.presence_penalty - frequency
+            finite(logit, repeated - sampling.presence_penalty - frequency)
         });
     }
     for &token in draw.masked {

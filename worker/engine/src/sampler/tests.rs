@@ -94,6 +94,28 @@ fn shapes() -> impl Strategy<Value = Sampling> {
         })
 }
 
+#[test]
+fn no_penalty_makes_an_infinity() {
+    let counts_of = |sampling: &Sampling| Counts::new(sampling, &[1, 2], &[2]);
+    for repetition_penalty in [f32::MIN_POSITIVE, 1e-40] {
+        let sampling = Sampling {
+            repetition_penalty,
+            frequency_penalty: 2.0,
+            ..Sampling::default()
+        };
+        let draw = Draw {
+            sampling: &sampling,
+            counts: &counts_of(&sampling),
+            masked: &[],
+            position: 0,
+        };
+        let mut row = vec![0.5; 80];
+        let token = Sampler::default().draw(&mut row, &[], draw).unwrap();
+        assert!([1, 2].contains(&token), "{token}");
+        assert_eq!(row, vec![0.5; 80]);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
