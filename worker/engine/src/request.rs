@@ -90,6 +90,14 @@ pub enum SubmitError {
         /// Longest prompt.
         limit: usize,
     },
+    /// It goes on from more output than it may have.
+    #[error("the output so far has {tokens} tokens, {limit} are allowed")]
+    OutputTooLong {
+        /// Tokens of the output.
+        tokens: usize,
+        /// Longest output.
+        limit: usize,
+    },
 }
 
 impl SubmitError {

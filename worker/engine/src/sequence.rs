@@ -123,6 +123,12 @@ impl Sequence {
             });
         }
         let max_output = (request.stopping.max_tokens as usize).min(limit - prompt);
+        if request.resume.len() > max_output {
+            return Err(SubmitError::OutputTooLong {
+                tokens: request.resume.len(),
+                limit: max_output,
+            });
+        }
         let hashes = prompt_pages(&request.namespace, &numerics.0, &tokens[..prompt]).collect();
         let mut prompt_scores = Vec::new();
         let mut prompt_scores_wanted = 0;

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shoal_core::{Class, TokenId};
+use shoal_kernels::lines::Lines;
 use shoal_kernels::logits::BLOCK;
 
 use crate::backend::{Backend, BackendError};
@@ -26,7 +27,7 @@ pub(crate) struct Stepper {
     speculator: Speculator,
     sampler: Sampler,
     batch: BatchBuffer,
-    logits: Vec<f32>,
+    logits: Lines,
     vocab: usize,
     clock: Clock,
     meter: LoadMeter,
@@ -65,7 +66,7 @@ impl Stepper {
             speculator: Speculator::new(metrics.clone()),
             sampler: Sampler::default(),
             batch: BatchBuffer::default(),
-            logits: Vec::new(),
+            logits: Lines::default(),
             vocab: backend.spec().vocab,
             backend,
             clock,
@@ -89,6 +90,12 @@ impl Stepper {
     /// Whether no sequence has anything to compute.
     pub(crate) fn rests(&self) -> bool {
         self.scheduler.rests()
+    }
+
+    /// The time until a sequence may be too late; zero if it is.
+    pub(crate) fn until_deadline(&self) -> Option<Duration> {
+        let deadline = self.scheduler.next_deadline()?;
+        Some(deadline.saturating_duration_since(self.now()))
     }
 
     /// Sequences that hold pages.
@@ -177,9 +184,7 @@ impl Stepper {
             return Ok(());
         }
         let logits = self.batch.logits() * self.vocab;
-        if self.logits.len() < logits {
-            self.logits.resize(logits, 0.0);
-        }
+        self.logits.ensure(logits);
         let expected = self.scheduler.expected(&self.batch);
         self.expected
             .store(expected.as_micros() as u64, Ordering::Relaxed);

@@ -12,7 +12,7 @@ pub mod gemm;
 pub mod isa;
 pub mod kv;
 pub mod limits;
-mod lines;
+pub mod lines;
 pub mod logits;
 pub mod norm;
 pub mod pack;

@@ -10,12 +10,20 @@ struct Line([f32; LANES]);
 
 /// A slice whose vectors of sixteen never lie across two cache lines: one that does takes twice as
 /// long to load, and waits for what was stored there.
-pub(crate) struct Lines(Box<[Line]>);
+#[derive(Default)]
+pub struct Lines(Box<[Line]>);
 
 impl Lines {
     /// At least so many zeros, whole lines of them.
-    pub(crate) fn new(len: usize) -> Self {
+    pub fn new(len: usize) -> Self {
         Self(vec![Line([0.0; LANES]); len.div_ceil(LANES)].into())
+    }
+
+    /// Makes them so many at least; all are zeros then, if they were fewer.
+    pub fn ensure(&mut self, len: usize) {
+        if self.len() < len {
+            *self = Self::new(len);
+        }
     }
 }
 

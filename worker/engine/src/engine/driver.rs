@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use shoal_core::Class;
 
@@ -66,13 +67,15 @@ impl Driver {
     fn has_work(&self, inbox: &Inbox) -> bool {
         // Whoever drains waits for those that rest, too.
         let drains = inbox.drain.is_some() && !self.stepper.is_empty();
-        !self.stepper.rests() || !inbox.is_empty() || drains
+        let late = || self.stepper.until_deadline() == Some(Duration::ZERO);
+        !self.stepper.rests() || !inbox.is_empty() || drains || late()
     }
 
     fn wait(&self) {
         let inbox = lock(&self.shared.inbox);
         let idle = |inbox: &mut Inbox| !self.has_work(inbox);
-        let woken = self.shared.wake.wait_while(inbox, idle);
+        let most = self.stepper.until_deadline().unwrap_or(Duration::MAX);
+        let woken = self.shared.wake.wait_timeout_while(inbox, most, idle);
         drop(woken.unwrap_or_else(PoisonError::into_inner));
     }
 

@@ -62,6 +62,8 @@ pub(crate) struct Scheduler {
     waiting_uncached: u64,
     /// No deadline is earlier.
     next_deadline: Option<Instant>,
+    /// The last plan had no row, and nothing has changed since.
+    stuck: bool,
     model: StepTimeModel,
     metrics: EngineMetrics,
 }
@@ -74,6 +76,7 @@ impl Scheduler {
             waiting: BTreeMap::new(),
             waiting_uncached: 0,
             next_deadline: None,
+            stuck: false,
             model: StepTimeModel::default(),
             limits,
             metrics,
@@ -85,13 +88,21 @@ impl Scheduler {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// Whether there is nothing to do: those that run ahead of others may all be far enough.
+    /// Whether there is nothing to do: those that run ahead of others may all be far enough, and
+    /// hold the pages that others wait for.
     pub(crate) fn rests(&self) -> bool {
-        self.waiting.is_empty() && self.running.iter().all(|sequence| sequence.rests())
+        let idle = || self.running.iter().all(|sequence| sequence.rests());
+        self.stuck || self.waiting.is_empty() && idle()
+    }
+
+    /// When a sequence ends even if nothing else happens; at the earliest.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.next_deadline
     }
 
     /// Tells a sequence what the one ahead of which it runs has. False: there is no page for it.
     pub(crate) fn follow(&mut self, key: SequenceKey, base: usize, told: &[TokenId]) -> bool {
+        self.stuck = false;
         if let Some(sequence) = self.running.iter_mut().find(|s| s.key == key) {
             sequence.follow(base, told);
             while sequence.pages.len() < sequence.pages_needed() {
@@ -118,6 +129,7 @@ impl Scheduler {
 
     /// Puts a sequence into the queue.
     pub(crate) fn enqueue(&mut self, mut sequence: Box<Sequence>) {
+        self.stuck = false;
         let cached = self.kv.matches(sequence.reusable()).count() * shoal_core::PAGE_TOKENS;
         sequence.uncached = sequence.prompt_len().saturating_sub(cached);
         self.waiting_uncached += sequence.uncached as u64;
@@ -133,6 +145,7 @@ impl Scheduler {
         mut is_out: impl FnMut(&Sequence) -> bool,
         mut farewell: impl FnMut(&Sequence),
     ) {
+        self.stuck = false;
         let (kv, uncached) = (&mut self.kv, &mut self.waiting_uncached);
         self.running.retain_mut(|sequence| {
             let out = is_out(sequence);
@@ -189,6 +202,8 @@ impl Scheduler {
     /// Decides the rows of the next step: `planned` of each running sequence. Gives what is left
     /// for drafts.
     pub(crate) fn plan(&mut self, now: Instant) -> Slack {
+        // Whoever gives way below begins to wait, and sets it to false.
+        self.stuck = true;
         let mut drafted = 0;
         for sequence in &mut self.running {
             sequence.planned = 0;
@@ -210,6 +225,7 @@ impl Scheduler {
         if !short {
             self.admit(&mut budget, now);
         }
+        self.stuck &= self.running.iter().all(|s| s.planned == 0);
         let prefill = self.running.iter().filter(|s| !s.is_decoding());
         let prefill = prefill.map(|s| s.planned).sum();
         let rows = match prefill {

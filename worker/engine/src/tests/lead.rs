@@ -97,6 +97,45 @@ fn it_ends_neither_at_its_length_nor_at_a_stop_token() {
     assert!(rest(&mut rig, 0).len() > output.len());
 }
 
+#[test]
+fn one_that_waits_for_those_that_rest_is_no_work() {
+    let config = EngineConfig {
+        max_running: 1,
+        ..EngineConfig::default()
+    };
+    let mut rig = Rig::new(FakeBackend::new(64, spec(VOCAB, CONTEXT)), &config);
+    rig.submit(leading(1, 100)).unwrap();
+    rest(&mut rig, 0);
+    let deadline = Some(rig.at(50));
+    rig.submit(Request {
+        deadline,
+        ..leading(2, 100)
+    })
+    .unwrap();
+    assert!(!rig.stepper.rests());
+    step(&mut rig);
+    assert!(rig.stepper.rests());
+    // What comes is looked at, as far as it goes.
+    rig.stepper.follow(key(1), 0, &[4]);
+    assert!(!rig.stepper.rests());
+    assert_eq!(rest(&mut rig, 0)[0], 4);
+    // It is too late at last, or the other one ends.
+    assert_eq!(
+        rig.stepper.until_deadline(),
+        Some(Duration::from_millis(50))
+    );
+    rig.set_time(50);
+    assert_eq!(rig.stepper.until_deadline(), Some(Duration::ZERO));
+    step(&mut rig);
+    assert_eq!(rig.stepper.until_deadline(), None);
+    rig.submit(leading(3, 100)).unwrap();
+    step(&mut rig);
+    rig.stepper.end(Finish::Cancelled, |s| s.key == key(1));
+    assert!(!rig.stepper.rests());
+    step(&mut rig);
+    assert_eq!(rig.stepper.running(), 1);
+}
+
 proptest! {
     /// Whatever it is told, it says what would follow that.
     #[test]

@@ -222,6 +222,15 @@ fn output_ends_where_the_context_does() {
             limit: 64
         })
     );
+    for (max_tokens, limit) in [(2, 2), (100, 3)] {
+        let mut more = request(4, vec![1; 61], max_tokens);
+        more.resume = vec![1; limit + 1];
+        let refused = Err(SubmitError::OutputTooLong {
+            tokens: limit + 1,
+            limit,
+        });
+        assert_eq!(rig.submit(more), refused);
+    }
 }
 
 #[test]
