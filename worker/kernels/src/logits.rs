@@ -1,5 +1,7 @@
 //! Passes over a row of logits.
 
+use shoal_core::{NoiseKey, TokenId};
+
 use crate::Isa;
 use crate::simd::{LANES, Lanes, dispatch};
 
@@ -40,6 +42,30 @@ pub(crate) unsafe fn tile_maxima(
 pub fn total_weight(isa: Isa, logits: &[f32], max: f32, scale: f32) -> f64 {
     // SAFETY: a kernel of lanes.
     dispatch!(isa, total::<_>(logits: &[f32], max: f32, scale: f32) -> f64)
+}
+
+/// The noise of tokens one after the other.
+#[derive(Clone, Copy, Debug)]
+pub struct Noise {
+    /// Of their output position.
+    pub key: NoiseKey,
+    /// The first token.
+    pub first: TokenId,
+}
+
+/// Writes of every token of a block a number not above `log2(U / 2^((logit - max) * scale))`, less
+/// roundings, where U is its uniform noise; gives the least.
+pub fn least_costs(
+    isa: Isa,
+    noise: Noise,
+    logits: &[f32; BLOCK],
+    (max, scale): (f32, f32),
+    costs: &mut [f32; BLOCK],
+) -> f32 {
+    // SAFETY: the kernel needs the features alone.
+    dispatch!(isa, costs_of::<_>(
+        noise: Noise, logits: &[f32; BLOCK], max: f32, scale: f32, costs: &mut [f32; BLOCK],
+    ) -> f32)
 }
 
 /// e^x for x <= 0, to 2 units in the last place; 0 from -87 down. NaN gives 0.
@@ -113,6 +139,37 @@ unsafe fn total<L: Lanes>(logits: &[f32], max: f32, scale: f32) -> f64 {
         total += f64::from(exp_neg((logit - max) * scale));
     }
     total
+}
+
+/// # Safety
+/// See [`Lanes`].
+#[inline(always)]
+unsafe fn costs_of<L: Lanes>(
+    noise: Noise,
+    logits: &[f32; BLOCK],
+    max: f32,
+    scale: f32,
+    costs: &mut [f32; BLOCK],
+) -> f32 {
+    let mut least = [f32::INFINITY; LANES];
+    let (vectors, _) = logits.as_chunks::<LANES>();
+    let (outs, _) = costs.as_chunks_mut::<LANES>();
+    for (v, (vector, out)) in vectors.iter().zip(outs).enumerate() {
+        for i in 0..LANES {
+            let token = noise.first + (v * LANES + i) as TokenId;
+            let cost = log2_below(noise.key.uniform(token)) - (vector[i] - max) * scale;
+            out[i] = cost;
+            least[i] = if cost < least[i] { cost } else { least[i] };
+        }
+    }
+    least.into_iter().fold(f32::INFINITY, f32::min)
+}
+
+/// A number not above log2(x) for normal positive x, and at most 0.0861 below: the mantissa
+/// taken as linear.
+#[inline(always)]
+fn log2_below(x: f32) -> f32 {
+    (x.to_bits() as i32 as f32) * (1.0 / 8_388_608.0) - 127.0
 }
 
 /// [`exp_neg`] of every lane. Unlike the `exp` of the activations it fuses no multiply-add, which
@@ -202,6 +259,38 @@ mod tests {
         assert!(exp_neg((-87.0f32).next_up()) >= f32::MIN_POSITIVE);
         for x in [-87.0, -87.5, f32::MIN, f32::NEG_INFINITY, f32::NAN] {
             assert_eq!(exp_neg(x), 0.0);
+        }
+    }
+
+    #[test]
+    fn log_bound_holds() {
+        for i in 1..200_000u32 {
+            let x = (i as f32) * 1.7e-5;
+            let (bound, exact) = (f64::from(log2_below(x)), f64::from(x).log2());
+            assert!(bound <= exact + 1e-5 && bound > exact - 0.0862, "{x}");
+        }
+    }
+
+    #[test]
+    fn costs_bound_the_scores() {
+        let noise = Noise {
+            key: NoiseKey::new(3, 1, 5),
+            first: 640,
+        };
+        let logits: [f32; BLOCK] = random(BLOCK, 11).try_into().unwrap();
+        for isa in isas() {
+            let mut costs = [0.0; BLOCK];
+            let least = least_costs(isa, noise, &logits, (1.0, 2.5), &mut costs);
+            assert_eq!(least, costs.iter().copied().fold(f32::INFINITY, f32::min));
+            for (token, (&logit, cost)) in (noise.first..).zip(logits.iter().zip(costs)) {
+                let uniform = f64::from(noise.key.uniform(token)).log2();
+                let exact = uniform - f64::from(logit - 1.0) * 2.5;
+                let cost = f64::from(cost);
+                assert!(
+                    cost <= exact + 1e-4 && cost > exact - 0.0863,
+                    "{isa:?} {token}"
+                );
+            }
         }
     }
 

@@ -16,6 +16,7 @@ use shoal_kernels::Isa;
 use shoal_kernels::arena::Arena;
 use shoal_kernels::kv::KvType;
 use shoal_kernels::limits::{dot_rate, fma_rate, read_rate};
+use shoal_kernels::lines::Lines;
 use shoal_kernels::logits::BLOCK;
 use shoal_kernels::pool::Pool;
 use shoal_worker::CoreTime;
@@ -41,6 +42,11 @@ pub(crate) fn run(args: &EngineArgs, path: &Path) -> Result<Report, EngineBenchE
     let threads = threads.map_or(1, Into::into);
     let gguf = Gguf::open(path)?;
     let spec = ModelSpec::from_gguf(&gguf)?;
+    let sampling = Sampling {
+        temperature: args.temperature,
+        ..Sampling::default()
+    };
+    sampling.validate(u32::try_from(spec.vocab).unwrap_or(u32::MAX))?;
     let chunk = EngineConfig::default().prefill_chunk;
     let kv = args.kv_type.unwrap_or_default();
     let mut cases = all(spec.context, chunk);
@@ -69,7 +75,7 @@ pub(crate) fn run(args: &EngineArgs, path: &Path) -> Result<Report, EngineBenchE
     let backend = CpuBackend::load(&gguf, spec, options)?;
     let load = started.elapsed();
     let limits = limits(threads, isa)?;
-    let mut bench = Bench::new(backend, kv);
+    let mut bench = Bench::new(backend, kv, sampling);
     bench.touch()?;
     let mut measured = Vec::new();
     for (case, layouts) in cases.iter().zip(&layouts) {
@@ -99,24 +105,21 @@ const PARTS: usize = Phase::ALL.len() + 1;
 struct Bench {
     backend: CpuBackend,
     kv: KvType,
-    logits: Vec<f32>,
+    logits: Lines,
     sampler: Sampler,
     counts: Counts,
-    greedy: Sampling,
+    sampling: Sampling,
 }
 
 impl Bench {
-    fn new(backend: CpuBackend, kv: KvType) -> Self {
+    fn new(backend: CpuBackend, kv: KvType, sampling: Sampling) -> Self {
         Self {
             kv,
-            logits: vec![0.0; LOGIT_ROWS * backend.spec().vocab],
+            logits: Lines::new(LOGIT_ROWS * backend.spec().vocab),
             backend,
             sampler: Sampler::default(),
             counts: Counts::default(),
-            greedy: Sampling {
-                temperature: 0.0,
-                ..Sampling::default()
-            },
+            sampling,
         }
     }
 
@@ -129,7 +132,7 @@ impl Bench {
         let maxima = self.backend.maxima().chunks_exact(vocab.div_ceil(BLOCK));
         for (logits, maxima) in logits.chunks_exact_mut(vocab).zip(maxima) {
             let draw = Draw {
-                sampling: &self.greedy,
+                sampling: &self.sampling,
                 counts: &self.counts,
                 masked: &[],
                 position: 0,

@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use clap::Args;
-use shoal_core::Class;
+use shoal_core::{Class, ParamError};
 use shoal_engine::backend::BackendError;
 use shoal_engine::cpu::PromptPrecision;
 use shoal_engine::spec::SpecError;
@@ -45,6 +45,10 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "TYPE", value_parser = parse_kv_type)]
     kv_type: Option<KvType>,
 
+    /// Temperature that tokens are drawn at; 0 takes the most likely
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+
     /// Only the cases whose name contains this
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
@@ -74,6 +78,8 @@ pub(crate) enum EngineBenchError {
     Isa(Isa),
     #[error("no case has a name with {0:?}")]
     NoCase(String),
+    #[error(transparent)]
+    Param(#[from] ParamError),
     #[error("the system refused memory or a thread")]
     System(#[from] std::io::Error),
 }
@@ -85,7 +91,7 @@ impl EngineBenchError {
             Self::File(error) => error.class(),
             Self::Spec(error) => error.class(),
             Self::Backend(error) => error.class(),
-            Self::Isa(_) | Self::NoCase(_) => Class::Client,
+            Self::Isa(_) | Self::NoCase(_) | Self::Param(_) => Class::Client,
             Self::System(_) => Class::Fatal,
         }
     }

@@ -1,10 +1,8 @@
 //! The exponential race: the token with the least `E / w` wins, the lowest id on a tie.
 
 use shoal_core::{NoiseKey, TokenId};
-use shoal_kernels::logits::{BLOCK, exp_neg};
-
-use super::math::log2_below;
-use super::rows::LANES;
+use shoal_kernels::Isa;
+use shoal_kernels::logits::{BLOCK, Noise, exp_neg, least_costs};
 
 /// Below log2 of every uniform number.
 const LOG2_LEAST_UNIFORM: f32 = -33.1;
@@ -73,31 +71,27 @@ impl Race {
     /// logit would lose with the least noise, or is below `min_p`, is not even looked at.
     pub(super) fn enter_all(&mut self, logits: &[f32], block_max: &[f32]) {
         let scale = (self.inverse_temperature * std::f32::consts::LOG2_E).min(f32::MAX);
-        let (key, max) = (self.key, self.max);
-        let bound = |token: usize, logit: f32| {
-            log2_below(key.uniform(token as TokenId)) - (logit - max) * scale
-        };
+        let (key, max, isa) = (self.key, self.max, Isa::detect());
         let min_p_bound = SLACK - libm::log2f(self.min_p);
         let (blocks, rest) = logits.as_chunks::<BLOCK>();
+        let mut costs = [0.0; BLOCK];
         for (index, block) in blocks.iter().enumerate() {
             let start = index * BLOCK;
             let cost = (max - block_max[index]) * scale;
             if cost > min_p_bound || cost + LOG2_LEAST_UNIFORM > self.log2_best {
                 continue;
             }
-            let mut least = [f32::INFINITY; LANES];
-            let (vectors, _) = block.as_chunks::<LANES>();
-            for (v, vector) in vectors.iter().enumerate() {
-                for i in 0..LANES {
-                    let b = bound(start + v * LANES + i, vector[i]);
-                    least[i] = if b < least[i] { b } else { least[i] };
-                }
-            }
-            if least.iter().all(|&b| b > self.log2_best) {
+            let noise = Noise {
+                key,
+                first: start as TokenId,
+            };
+            if least_costs(isa, noise, block, (max, scale), &mut costs) > self.log2_best {
                 continue;
             }
-            for (i, &logit) in block.iter().enumerate() {
-                self.enter((start + i) as TokenId, logit);
+            for (i, (&logit, &cost)) in block.iter().zip(&costs).enumerate() {
+                if cost <= self.log2_best {
+                    self.enter((start + i) as TokenId, logit);
+                }
             }
         }
         let start = blocks.len() * BLOCK;

@@ -5,9 +5,6 @@ use shoal_kernels::logits::BLOCK;
 
 use super::SampleError;
 
-/// Lanes of a vector loop over a block.
-pub(super) const LANES: usize = 16;
-
 /// The largest of the maxima of a row's blocks.
 pub(super) fn greatest(maxima: &[f32]) -> Result<f32, SampleError> {
     let mut best = f32::NEG_INFINITY;

@@ -10,6 +10,9 @@ use super::race::inverse;
 /// Candidates sorted at first; more only if their mass is not enough.
 const FIRST_SORTED: usize = 128;
 
+/// Nats below the most likely token, at temperature 1, of what top-p looks at first.
+const SHALLOW: f32 = 6.0;
+
 /// A token and its logit in one integer: the greater comes first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Candidate(u64);
@@ -55,12 +58,15 @@ impl Truncation {
                 // Tokens below this have together less mass than top-p leaves out.
                 let share = (1.0 - f64::from(sampling.top_p)) * total / logits.len() as f64;
                 let floor = max + (libm::log(share) / f64::from(scale)) as f32 - 1e-3;
+                let mass = f64::from(sampling.top_p) * total;
+                // Few tokens have most of the mass as a rule: the same ones, as the best are
+                // counted first.
+                self.gather(logits, block_max, floor.max(max - SHALLOW / scale));
+                if let Some(kept) = nucleus(&mut self.candidates, weight, mass) {
+                    return &self.candidates[..kept];
+                }
                 self.gather(logits, block_max, floor);
-                nucleus(
-                    &mut self.candidates,
-                    weight,
-                    f64::from(sampling.top_p) * total,
-                )
+                nucleus(&mut self.candidates, weight, mass).unwrap_or(self.candidates.len())
             }
             k => {
                 let k = self.top(logits, block_max, k);
@@ -68,7 +74,7 @@ impl Truncation {
                     let kept = &mut self.candidates[..k];
                     kept.sort_unstable_by(|a, b| b.cmp(a));
                     let total: f64 = kept.iter().map(|c| f64::from(weight(c.logit()))).sum();
-                    nucleus(kept, weight, f64::from(sampling.top_p) * total)
+                    nucleus(kept, weight, f64::from(sampling.top_p) * total).unwrap_or(k)
                 } else {
                     k
                 }
@@ -127,9 +133,9 @@ impl Truncation {
     }
 }
 
-/// Sorts the best candidates, and gives the number of them whose mass first reaches `mass`;
-/// all of them if it is not reached. Weights are added best first.
-fn nucleus(candidates: &mut [Candidate], weight: impl Fn(f32) -> f32, mass: f64) -> usize {
+/// Sorts the best candidates, and gives the number of them whose mass first reaches `mass`, if
+/// all together do. Weights are added best first.
+fn nucleus(candidates: &mut [Candidate], weight: impl Fn(f32) -> f32, mass: f64) -> Option<usize> {
     let mut sorted = 0;
     let mut sum = 0.0;
     while sorted < candidates.len() {
@@ -142,10 +148,10 @@ fn nucleus(candidates: &mut [Candidate], weight: impl Fn(f32) -> f32, mass: f64)
         for (i, candidate) in rest[..next].iter().enumerate() {
             sum += f64::from(weight(candidate.logit()));
             if sum >= mass {
-                return sorted + i + 1;
+                return Some(sorted + i + 1);
             }
         }
         sorted += next;
     }
-    sorted
+    None
 }
