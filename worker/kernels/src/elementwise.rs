@@ -13,6 +13,23 @@ const ROWS: usize = 4;
 /// Numbers that one thread adds or moves at once.
 const NUMBERS: usize = 8192;
 
+/// Fills every row of `width` numbers: `fill` gets its index and the row.
+pub fn fill_rows(
+    team: &mut Team,
+    out: &mut [f32],
+    width: usize,
+    fill: impl Fn(usize, &mut [f32]) + Sync,
+) {
+    let rows = out.len() / width;
+    let out = Scatter::new(out);
+    team.pool.phase(rows.div_ceil(ROWS), |item| {
+        for row in item * ROWS..rows.min((item + 1) * ROWS) {
+            // SAFETY: every row is one item's own.
+            fill(row, unsafe { out.part(row * width, width) });
+        }
+    });
+}
+
 /// Adds `parts` to `x`, one after the other.
 ///
 /// # Panics
@@ -84,6 +101,19 @@ mod tests {
     use super::*;
     use crate::Isa;
     use crate::testing::random;
+
+    #[test]
+    fn every_row_is_filled() {
+        for (threads, rows) in [(1, 3), (2, 9), (3, 1), (2, 0)] {
+            let mut team = Team::new(threads, Isa::Scalar, 64, 64).unwrap();
+            let mut out = vec![0.0; rows * 5];
+            fill_rows(&mut team, &mut out, 5, |row, out| {
+                out.fill(row as f32 + 1.0)
+            });
+            let expected: Vec<f32> = (0..rows * 5).map(|i| (i / 5) as f32 + 1.0).collect();
+            assert_eq!(out, expected);
+        }
+    }
 
     #[test]
     fn parts_are_added_in_order_and_rows_placed() {

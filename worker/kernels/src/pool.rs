@@ -84,20 +84,38 @@ type Job = *const (dyn Fn(usize, usize) + Sync);
 
 fn nothing(_: usize, _: usize) {}
 
-/// A stretch of items that nobody has yet: its first in the lower half, its end in the upper.
-#[derive(Default)]
-struct Stretch(AtomicU64);
+/// A stretch of items that nobody has yet, on one cache line with what is run for each.
+struct Stretch {
+    /// The first item in the lower half, their end in the upper.
+    items: AtomicU64,
+    /// Written by the driver between phases; read by who has an item of the current one.
+    job: UnsafeCell<Job>,
+}
+
+impl Default for Stretch {
+    fn default() -> Self {
+        Self {
+            items: AtomicU64::default(),
+            job: UnsafeCell::new(&nothing),
+        }
+    }
+}
 
 impl Stretch {
-    fn set(&self, items: Range<u32>) {
+    /// # Safety
+    /// Every item that was taken before has ended.
+    unsafe fn set(&self, items: Range<u32>, job: Job) {
+        // SAFETY: nobody has an item, so nobody reads the cell.
+        unsafe { *self.job.get() = job };
         let word = u64::from(items.end) << 32 | u64::from(items.start);
-        self.0.store(word, Ordering::Release);
+        self.items.store(word, Ordering::Release);
     }
 
-    /// Takes an item: the first, or the last. It is one of the current phase, whichever was
-    /// when the caller came: the stretches of a phase are empty before those of the next are set.
-    fn take(&self, first: bool) -> Option<u32> {
-        let mut seen = self.0.load(Ordering::Acquire);
+    /// Takes an item, the first or the last, and what to run for it. It is one of the current phase,
+    /// whichever was when the caller came: the stretches of a phase are empty before those of the
+    /// next are set.
+    fn take(&self, first: bool) -> Option<(u32, Job)> {
+        let mut seen = self.items.load(Ordering::Acquire);
         loop {
             let (start, end) = (seen as u32, (seen >> 32) as u32);
             if start == end {
@@ -107,30 +125,22 @@ impl Stretch {
                 true => (start, seen + 1),
                 false => (end - 1, seen - (1 << 32)),
             };
-            match self
-                .0
-                .compare_exchange_weak(seen, rest, Ordering::AcqRel, Ordering::Acquire)
-            {
-                Ok(_) => return Some(item),
+            let (got, failed) = (Ordering::AcqRel, Ordering::Acquire);
+            match self.items.compare_exchange_weak(seen, rest, got, failed) {
+                // SAFETY: this thread has an item, so the driver leaves the cell.
+                Ok(_) => return Some((item, unsafe { *self.job.get() })),
                 Err(now) => seen = now,
             }
         }
     }
 }
 
-/// A call to work.
-struct Call {
-    /// Rises by one with every phase.
-    round: Signal,
-    /// Written by the driver between phases; read by who has an item of the current one.
-    job: UnsafeCell<Job>,
-}
-
 struct Shared {
-    call: Line<Call>,
+    /// Rises by one with every phase.
+    round: Line<Signal>,
     /// Of every thread.
     open: Box<[Line<Stretch>]>,
-    /// Items of the current phase that have ended.
+    /// Items that have ended, of all phases.
     ended: Line<Signal>,
     panicked: AtomicBool,
     stop: AtomicBool,
@@ -145,7 +155,7 @@ unsafe impl Send for Shared {}
 
 impl Shared {
     /// Takes an item of the current phase: the next of the thread's own, or somebody's last.
-    fn take(&self, thread: usize) -> Option<u32> {
+    fn take(&self, thread: usize) -> Option<(u32, Job)> {
         let threads = self.open.len();
         let mut others = (1..threads).map(|next| &self.open[(thread + next) % threads].0);
         let own = self.open[thread].0.take(true);
@@ -155,9 +165,9 @@ impl Shared {
     /// Runs items of the current phase until none is left; what the last panic said.
     fn work(&self, thread: usize) -> Option<Box<dyn Any + Send>> {
         let (mut panic, mut count) = (None, 0);
-        while let Some(item) = self.take(thread) {
-            // SAFETY: this thread has an item, so the driver leaves the job and its closure.
-            let job = unsafe { &**self.call.0.job.get() };
+        while let Some((item, job)) = self.take(thread) {
+            // SAFETY: this thread has an item, so the driver leaves the job's closure.
+            let job = unsafe { &*job };
             let run = AssertUnwindSafe(|| job(thread, item as usize));
             if let Err(cause) = catch_unwind(run) {
                 panic = Some(cause);
@@ -176,8 +186,8 @@ impl Shared {
     fn serve(&self, thread: usize) {
         let mut seen = 0;
         loop {
-            self.call.0.round.wait(|round| round != seen);
-            seen = self.call.0.round.word.load(Ordering::Acquire);
+            self.round.0.wait(|round| round != seen);
+            seen = self.round.0.word.load(Ordering::Acquire);
             if self.stop.load(Ordering::Acquire) {
                 return;
             }
@@ -190,6 +200,8 @@ impl Shared {
 pub struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// Items of all phases before the next.
+    items: u32,
 }
 
 impl Pool {
@@ -198,10 +210,7 @@ impl Pool {
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let threads = threads.max(1);
         let shared = Arc::new(Shared {
-            call: Line(Call {
-                round: Signal::default(),
-                job: UnsafeCell::new(&nothing),
-            }),
+            round: Line::default(),
             open: (0..threads).map(|_| Line::default()).collect(),
             ended: Line::default(),
             panicked: AtomicBool::new(false),
@@ -210,6 +219,7 @@ impl Pool {
         let mut pool = Self {
             shared,
             threads: Vec::new(),
+            items: 0,
         };
         for index in 1..threads {
             let shared = Arc::clone(&pool.shared);
@@ -266,16 +276,15 @@ impl Pool {
         // SAFETY: only the lifetime changes; this function waits for every item to end before
         // it returns or unwinds, and a thread uses the closure for an item alone.
         let item: *const (dyn Fn(usize, usize) + Sync) = unsafe { std::mem::transmute(item) };
-        // SAFETY: every item of the phase before has ended, so no thread reads the cell.
-        unsafe { *shared.call.0.job.get() = item };
-        shared.ended.0.word.store(0, Ordering::Relaxed);
         let start = |thread: usize| (u64::from(items) * thread as u64 / threads as u64) as u32;
         for (thread, stretch) in shared.open.iter().enumerate() {
-            stretch.0.set(start(thread)..start(thread + 1));
+            // SAFETY: every item of the phase before has ended.
+            unsafe { stretch.0.set(start(thread)..start(thread + 1), item) };
         }
-        shared.call.0.round.raise(1);
+        self.items = self.items.wrapping_add(items);
+        shared.round.0.raise(1);
         let own = shared.work(0);
-        shared.ended.0.wait(|ended| ended == items);
+        shared.ended.0.wait(|ended| ended == self.items);
         let panicked = shared.panicked.swap(false, Ordering::AcqRel);
         if let Some(panic) = own {
             resume_unwind(panic);
@@ -287,7 +296,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
-        self.shared.call.0.round.raise(1);
+        self.shared.round.0.raise(1);
         for thread in self.threads.drain(..) {
             // The threads catch the panics of their items; there is nothing to learn here.
             let _ = thread.join();
@@ -371,7 +380,7 @@ mod tests {
     fn sleeping_threads_wake() {
         let mut pool = Pool::new(3).unwrap();
         for _ in 0..3 {
-            while pool.shared.call.0.round.sleepers.load(Ordering::SeqCst) < 2 {
+            while pool.shared.round.0.sleepers.load(Ordering::SeqCst) < 2 {
                 std::thread::yield_now();
             }
             let ran = AtomicUsize::new(0);

@@ -1,7 +1,7 @@
 //! The forward pass of a rank, and where it meets the others.
 
 use shoal_collective::{Collective, CollectiveError};
-use shoal_kernels::elementwise::{add, norm_quantize, place};
+use shoal_kernels::elementwise::{add, fill_rows, norm_quantize, place};
 use shoal_kernels::gemm::{self, Write, gated, multiply, multiply_into};
 use shoal_kernels::norm::rms_norm_in_place;
 use shoal_kernels::quant::Activations;
@@ -52,26 +52,23 @@ impl CpuBackend {
     }
 
     fn embed(&mut self, batch: &Batch<'_>) -> Result<(), CollectiveError> {
-        let (s, width) = (&mut self.scratch, self.spec.d_model);
-        let x = &mut s.residual[..batch.tokens.len() * width];
-        let embed = |out: &mut [f32]| {
-            for (x, &token) in out.chunks_exact_mut(width).zip(batch.tokens) {
-                self.weights.embed(token, x);
-            }
-        };
+        let (s, team, width) = (&mut self.scratch, &mut self.team, self.spec.d_model);
+        let rows = batch.tokens.len();
+        let x = &mut s.residual[..rows * width];
+        let embed = |row: usize, x: &mut [f32]| self.weights.embed(batch.tokens[row], x);
         match &mut self.group {
-            None => embed(x),
+            None => fill_rows(team, x, width, embed),
             Some(group) => {
-                embed(group.part(x.len())?);
+                fill_rows(team, group.part(x.len())?, width, embed);
                 x.fill(0.0);
-                add(&mut self.team, x, &group.exchange()?);
+                add(team, x, &group.exchange()?);
             }
         }
         let spec = &self.spec.rope;
         let width = 2 * spec.inv_freq.len();
-        for (table, &position) in s.rope.chunks_exact_mut(width).zip(batch.positions) {
-            fill_table(position, &spec.inv_freq, spec.magnitude, table);
-        }
+        fill_rows(team, &mut s.rope[..rows * width], width, |row, table| {
+            fill_table(batch.positions[row], &spec.inv_freq, spec.magnitude, table);
+        });
         Ok(())
     }
 

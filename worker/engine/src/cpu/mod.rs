@@ -1,5 +1,5 @@
 //! The CPU backend: rows of output on the int8 path, those of prompts on it or the bf16 path, keys
-//! and values in bf16 or int8, one order of operations for every instruction set, batch and
+//! and values in int16, bf16 or int8, one order of operations for every instruction set, batch and
 //! thread count.
 //!
 //! The ranks of a tensor-parallel group are backends of a [shard](ShardPlan) each. Rank 0 is the
@@ -20,6 +20,7 @@ use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
 use shoal_kernels::attention::MAX_QUERIES;
 use shoal_kernels::kv::{HEAD_MULTIPLE, Heads, KvPool, KvType, Plan, Run};
+use shoal_kernels::lines::Lines;
 use shoal_kernels::logits;
 use shoal_kernels::quant::{Activations, BLOCK, SumOrder};
 use shoal_kernels::team::Team;
@@ -110,8 +111,8 @@ pub struct CpuBackend {
 
 /// The rows of a step between the phases.
 struct Scratch {
-    residual: Vec<f32>,
-    /// As pairs of brain floats.
+    residual: Lines,
+    /// Ready to attend with.
     queries: Vec<u32>,
     rope: Vec<f32>,
     attn_in: Activations,
@@ -205,7 +206,7 @@ impl CpuBackend {
             }
         };
         let scratch = Scratch {
-            residual: vec![0.0; rows * spec.d_model],
+            residual: Lines::new(rows * spec.d_model),
             queries: vec![0; rows * heads.query_words()],
             rope: vec![0.0; rows * 2 * spec.rope.inv_freq.len()],
             attn_in: inputs(spec.d_model, &mut weights.each(|layer| &layer.qkv)),

@@ -98,7 +98,7 @@ impl Speculator {
                 continue;
             }
             let tenant = *sequence.namespace();
-            let survivals = sequence.drafting.choose(&self.hazards, &tenant);
+            let survivals = sequence.drafting.choose(self.hazards.of(&tenant));
             match mode {
                 Speculation::Auto => self.candidates.extend(survivals.map(|s| (s, index))),
                 Speculation::Fixed(rows) => {

@@ -3,7 +3,7 @@
 use shoal_core::{Namespace, Speculation, TokenId};
 use shoal_draft::{SessionIndex, SharedCorpus};
 
-use super::hazard::{Hazards, Kind, Reliability};
+use super::hazard::{Chances, Hazards, Kind, Reliability};
 use super::pushed::{Landing, PushedDraft};
 use super::{Drafter, MAX_DRAFT};
 
@@ -156,25 +156,20 @@ impl Drafting {
 
     /// Chooses the proposal of which most tokens are expected to be right, and gives the chance
     /// that each of its tokens is reached and right: never rising.
-    pub(crate) fn choose<'a>(
-        &'a mut self,
-        hazards: &'a Hazards,
-        tenant: &'a Namespace,
-    ) -> impl Iterator<Item = f32> + 'a {
+    pub(crate) fn choose<'a>(&'a mut self, chances: Chances<'a>) -> impl Iterator<Item = f32> + 'a {
         let mut best = 0.0;
         for drafter in Drafter::ALL {
-            let expected = self.survivals(hazards, tenant, drafter).sum::<f32>();
+            let expected = self.survivals(chances, drafter).sum::<f32>();
             if expected > best {
                 (best, self.chosen) = (expected, drafter);
             }
         }
-        self.survivals(hazards, tenant, self.chosen)
+        self.survivals(chances, self.chosen)
     }
 
     fn survivals<'a>(
         &'a self,
-        hazards: &'a Hazards,
-        tenant: &'a Namespace,
+        chances: Chances<'a>,
         drafter: Drafter,
     ) -> impl Iterator<Item = f32> + 'a {
         let proposal = &self.proposals[drafter as usize];
@@ -183,9 +178,7 @@ impl Drafting {
             length: proposal.length,
         };
         (0..proposal.tokens.len()).scan(1.0f32, move |survival, position| {
-            *survival *= self
-                .reliability
-                .adjust(hazards.chance(tenant, kind, position));
+            *survival *= self.reliability.adjust(chances.at(kind, position));
             Some(*survival)
         })
     }
@@ -230,9 +223,9 @@ impl Drafting {
             let mut sound = true;
             let outcomes = right.take_while(move |&right| std::mem::replace(&mut sound, right));
             if drafter == self.chosen {
+                let chances = hazards.of(tenant);
                 for (position, right) in outcomes.clone().enumerate() {
-                    let chance = hazards.chance(tenant, kind, position);
-                    self.reliability.learn(chance, right);
+                    self.reliability.learn(chances.at(kind, position), right);
                 }
             }
             hazards.learn(tenant, kind, outcomes);

@@ -72,18 +72,36 @@ pub(crate) struct Kind {
     pub(crate) length: usize,
 }
 
-impl Hazards {
+/// See [`Hazards::of`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chances<'a> {
+    all: &'a Table,
+    own: Option<&'a Table>,
+}
+
+impl Chances<'_> {
     /// The chance of the token at a position.
-    pub(crate) fn chance(&self, tenant: &Namespace, kind: Kind, position: usize) -> f32 {
+    pub(crate) fn at(self, kind: Kind, position: usize) -> f32 {
         let place = (
             kind.drafter as usize,
             length_bucket(kind.length),
             position_bucket(position),
         );
         let cell = |table: &Table| table.cells[place.0][place.1][place.2];
-        let all = cell(&self.all).rate(first_guess(place.1, position));
-        let own = self.tenants.get(tenant);
-        own.map_or(all, |table| cell(table).rate(all)).min(SUREST)
+        let all = cell(self.all).rate(first_guess(place.1, position));
+        self.own
+            .map_or(all, |table| cell(table).rate(all))
+            .min(SUREST)
+    }
+}
+
+impl Hazards {
+    /// What is known of a tenant.
+    pub(crate) fn of(&self, tenant: &Namespace) -> Chances<'_> {
+        Chances {
+            all: &self.all,
+            own: self.tenants.get(tenant),
+        }
     }
 
     /// Learns from a draft, given what came: every position up to the first wrong one counts.
@@ -182,12 +200,12 @@ mod tests {
             hazards.learn(&good, KIND, [true, true].into_iter());
             hazards.learn(&bad, KIND, [false].into_iter());
         }
-        assert!(hazards.chance(&good, KIND, 0) > 0.95);
-        assert!(hazards.chance(&bad, KIND, 0) < 0.05);
+        assert!(hazards.of(&good).at(KIND, 0) > 0.95);
+        assert!(hazards.of(&bad).at(KIND, 0) < 0.05);
         // A stranger has the chances of all.
-        let stranger = hazards.chance(&Namespace::new("new", ""), KIND, 0);
+        let stranger = hazards.of(&Namespace::new("new", "")).at(KIND, 0);
         assert!((0.3..0.7).contains(&stranger), "{stranger}");
-        assert!(hazards.chance(&good, KIND, 0) <= SUREST);
+        assert!(hazards.of(&good).at(KIND, 0) <= SUREST);
     }
 
     #[test]

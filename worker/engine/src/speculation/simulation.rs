@@ -155,7 +155,7 @@ impl Simulation<'_> {
             let Some((length, _)) = draft else { continue };
             let mut survival = 1.0f32;
             for position in 0..MOST {
-                let chance = self.hazards.chance(&self.tenant, kind(length), position);
+                let chance = self.hazards.of(&self.tenant).at(kind(length), position);
                 survival *= all[index].reliability.adjust(chance);
                 candidates.push((survival, index));
             }
@@ -185,7 +185,7 @@ impl Simulation<'_> {
                 // The token after the right ones is judged as well.
                 let outcomes = (0..made.min(MOST)).map(|position| position < left);
                 for (position, right) in outcomes.clone().enumerate() {
-                    let chance = self.hazards.chance(&self.tenant, kind(length), position);
+                    let chance = self.hazards.of(&self.tenant).at(kind(length), position);
                     sequence.reliability.learn(chance, right);
                 }
                 self.hazards.learn(&self.tenant, kind(length), outcomes);

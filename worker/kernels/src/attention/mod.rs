@@ -53,8 +53,7 @@ pub(crate) const fn query_words(head_dim: usize) -> usize {
 /// # Panics
 /// When the lengths do not fit.
 pub(crate) fn prepare_query(isa: Isa, kv: KvType, query: &mut [f32], out: &mut [u32]) {
-    let scale = query_scale(query.len());
-    query.iter_mut().for_each(|x| *x *= scale);
+    scale(isa, query, query_scale(query.len()));
     let (words, last) = out.split_at_mut(query.len() / 2);
     let scale = match kv {
         KvType::Bf16 => {
@@ -64,6 +63,20 @@ pub(crate) fn prepare_query(isa: Isa, kv: KvType, query: &mut [f32], out: &mut [
         KvType::Int16 | KvType::Int8 => quantise_query(isa, query, words),
     };
     last[0] = scale.to_bits();
+}
+
+fn scale(isa: Isa, x: &mut [f32], by: f32) {
+    // SAFETY: the kernel needs the features alone.
+    dispatch!(isa, scaled::<_>(x: &mut [f32], by: f32));
+}
+
+/// # Safety
+/// See [`Lanes`](crate::simd::Lanes).
+#[inline(always)]
+unsafe fn scaled<L>(x: &mut [f32], by: f32) {
+    for x in x {
+        *x *= by;
+    }
 }
 
 /// One query head of one row.
