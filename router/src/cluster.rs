@@ -1,6 +1,7 @@
 //! The workers that this router knows, and what they serve.
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -68,16 +69,9 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Follows the membership and keeps a link to every member until the shutdown.
-    pub(crate) fn start(
-        membership: &dyn Membership,
-        config: LinkConfig,
-        routing: Routing,
-        metrics: Metrics,
-        corpora: Arc<Corpora>,
-        shutdown: &Shutdown,
-    ) -> Arc<Self> {
-        let cluster = Arc::new(Self {
+    /// A cluster without workers.
+    pub(crate) fn new(routing: Routing, metrics: Metrics, corpora: Arc<Corpora>) -> Self {
+        Self {
             workers: ArcSwap::default(),
             changing: Mutex::default(),
             routers: ArcSwap::default(),
@@ -88,7 +82,19 @@ impl Cluster {
             metrics,
             routing,
             turns: AtomicUsize::new(0),
-        });
+        }
+    }
+
+    /// Follows the membership and keeps a link to every member until the shutdown.
+    pub(crate) fn start(
+        membership: &dyn Membership,
+        config: LinkConfig,
+        routing: Routing,
+        metrics: Metrics,
+        corpora: Arc<Corpora>,
+        shutdown: &Shutdown,
+    ) -> Arc<Self> {
+        let cluster = Arc::new(Self::new(routing, metrics, corpora));
         let mut members = membership.watch();
         let (follower, tasks) = (cluster.clone(), shutdown.clone());
         let stop = shutdown.token();
@@ -111,7 +117,7 @@ impl Cluster {
     }
 
     /// Takes a view over. Returns the workers that are new: they have no link yet.
-    fn follow(&self, view: &View) -> Vec<Arc<Worker>> {
+    pub(crate) fn follow(&self, view: &View) -> Vec<Arc<Worker>> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut workers = Vec::clone(&self.workers.load());
         for worker in &workers {
@@ -228,18 +234,42 @@ impl Cluster {
         let models = self.models.load();
         match (name, models.as_slice()) {
             (_, []) => Err(RequestError::NoWorker),
-            ("", [model]) => Ok(model.clone()),
+            ("", [model]) => Ok(self.served(model)),
             ("", _) => Err(RequestError::invalid(
                 "model",
                 "model is required: several are served",
             )),
             (name, models) => {
                 let model = models.iter().find(|m| *m.name == *name);
-                model.cloned().ok_or_else(|| RequestError::ModelNotFound {
+                let served = model.map(|model| self.served(model));
+                served.ok_or_else(|| RequestError::ModelNotFound {
                     model: name.to_owned(),
                 })
             }
         }
+    }
+
+    /// A model as the most ready workers of its name have its tokens, with the longest context
+    /// of them; as the newest has it where none is ready.
+    fn served(&self, newest: &Arc<Model>) -> Arc<Model> {
+        let ready = self.ready();
+        let models = ready.iter().map(|r| &r.connected.model);
+        let models: Vec<_> = models.filter(|m| m.name == newest.name).collect();
+        let mut workers: HashMap<&[u8], usize> = HashMap::new();
+        for model in &models {
+            let tokenizer = &*model.description.tokenizer_sha256;
+            *workers.entry(tokenizer).or_default() += 1;
+        }
+        let rank = |model: &&Arc<Model>| {
+            let tokenizer = &*model.description.tokenizer_sha256;
+            (
+                workers[tokenizer],
+                model.shares_tokens(newest),
+                model.context(),
+            )
+        };
+        let served = models.iter().copied().max_by_key(rank);
+        served.unwrap_or(newest).clone()
     }
 
     /// The same; where no worker was ever seen, it waits for one.
@@ -302,7 +332,7 @@ impl Cluster {
         let ready = self.ready();
         ready.iter().any(|other| {
             !Arc::ptr_eq(&other.connected, connected)
-                && other.connected.model.name == connected.model.name
+                && other.connected.model.shares_tokens(&connected.model)
                 && other.worker.breaker.admits()
         })
     }

@@ -85,6 +85,12 @@ impl Model {
         }
     }
 
+    /// Whether it is another's model with the same vocabulary: tokens mean the same in both.
+    pub(crate) fn shares_tokens(&self, other: &Self) -> bool {
+        self.name == other.name
+            && self.description.tokenizer_sha256 == other.description.tokenizer_sha256
+    }
+
     /// Most tokens of prompt and output: the context, or the KV pool where that is smaller.
     pub(crate) fn context(&self) -> u32 {
         let d = &self.description;

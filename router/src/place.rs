@@ -10,6 +10,7 @@ use shoal_core::{Namespace, PAGE_TOKENS, PageHash, TokenId, prompt_pages};
 use crate::{
     breaker::Pass,
     cluster::{Cluster, Ready},
+    model::Model,
     pages::Coming,
     placement::{self, Candidate, Work},
     worker::Connected,
@@ -18,11 +19,12 @@ use crate::{
 /// What a placement asks for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wanted<'a> {
-    pub(crate) model: &'a str,
+    pub(crate) model: &'a Model,
     pub(crate) prompt: &'a [TokenId],
-    /// Output tokens so far, and how many more are expected.
+    /// Output tokens so far, how many more are expected, and the most that there may be in all.
     pub(crate) resumed: usize,
     pub(crate) output: f64,
+    pub(crate) max_tokens: usize,
     /// Whose pages it may share.
     pub(crate) namespace: &'a Namespace,
     /// Keeps a conversation on one worker; empty is none.
@@ -59,7 +61,16 @@ impl Cluster {
     /// The worker that takes a sequence, by the routing in force.
     pub(crate) fn place(&self, wanted: &Wanted<'_>) -> Option<Place> {
         let mut ready = self.ready();
-        ready.retain(|r| *r.connected.model.name == *wanted.model);
+        // A name alone may stand for several vocabularies while a model is replaced.
+        ready.retain(|r| {
+            let model = &r.connected.model;
+            model.shares_tokens(wanted.model) && model.context() as usize >= wanted.least()
+        });
+        // A shorter context would end the answer early.
+        let whole = |r: &Ready| r.connected.model.context() as usize >= wanted.most();
+        if ready.iter().any(whole) {
+            ready.retain(whole);
+        }
         // A membership that has lost everybody is no outage.
         if ready.iter().any(|r| !r.worker.is_retired()) {
             ready.retain(|r| !r.worker.is_retired());
@@ -117,6 +128,16 @@ impl Cluster {
 }
 
 impl Wanted<'_> {
+    /// Tokens of the whole answer and its prompt.
+    fn most(&self) -> usize {
+        self.prompt.len() + self.max_tokens
+    }
+
+    /// Tokens without which it is refused, or ends before its next one.
+    fn least(&self) -> usize {
+        self.prompt.len() + self.max_tokens.min(self.resumed + 1)
+    }
+
     /// The pages of the prompt that a cache can give: its last token is always computed,
     /// where the sequence has no output yet.
     fn pages(&self, numerics_id: &[u8]) -> Vec<PageHash> {
@@ -142,3 +163,6 @@ fn home(ready: &[Ready], session_id: &str) -> Option<Arc<str>> {
     let home = ready.iter().max_by_key(weight);
     home.map(|r| r.worker.address.clone())
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,19 +1,31 @@
-//! A small model and requests to it, for unit tests.
+//! A small model, requests to it and a cluster that serves it, for unit tests.
 
 use std::{sync::Arc, time::Duration};
 
 use prost::Message as _;
 use sha2::{Digest, Sha256};
+use shoal_draft::LedgerConfig;
+use shoal_fabric::{
+    membership::{Member, View},
+    metrics::Registry,
+};
 use shoal_proto::{
     inference::{GenerateRequest, TokenIds, generate_request::Prompt},
-    worker::ModelDescription,
+    worker::{ModelDescription, WorkerState, worker_client::WorkerClient},
 };
 use tokio::time::Instant;
+use tonic::transport::Endpoint;
 
 use crate::{
+    cluster::Cluster,
+    corpus::Corpora,
     keys::{Caller, Tenant},
+    metrics::Metrics,
     model::{Model, TextCache},
+    placement::Routing,
     request::{Arrival, Job},
+    session::Session,
+    worker::{Connected, Worker},
 };
 
 #[path = "../tests/router/bundle.rs"]
@@ -26,19 +38,25 @@ pub(crate) const WORD: u32 = 259;
 /// The text of [`WORD`].
 pub(crate) const WORD_TEXT: &str = "wxyz";
 
-/// The byte-level model with one [`WORD`] more.
-fn model() -> Arc<Model> {
+/// Between the pings of a session.
+const PING: Duration = Duration::from_secs(5);
+
+/// The byte-level model with one [`WORD`] more, as a worker has it.
+pub(crate) fn model_with(change: impl FnOnce(&mut ModelDescription)) -> Arc<Model> {
     let mut bundle = bundle::bundle();
     bundle.tokens.push(WORD_TEXT.into());
     bundle.token_types.push(1);
-    let description = ModelDescription {
+    let encoded = bundle.encode_to_vec();
+    let hash: [u8; 32] = Sha256::digest(&encoded).into();
+    let mut description = ModelDescription {
         model: "tiny".into(),
         context_length: 512,
         vocab_size: WORD + 1,
+        tokenizer_sha256: hash.to_vec(),
+        state: WorkerState::Ready as i32,
         ..ModelDescription::default()
     };
-    let encoded = bundle.encode_to_vec();
-    let hash = Sha256::digest(&encoded).into();
+    change(&mut description);
     let text = TextCache::default().add(&encoded, hash).unwrap();
     Arc::new(Model::new(description, text, 0))
 }
@@ -60,5 +78,40 @@ pub(crate) async fn job(mut request: GenerateRequest) -> Arc<Job> {
         at: now,
         deadline: now + Duration::from_secs(60),
     };
-    Arc::new(Job::new(request, arrival, model(), None).await.unwrap())
+    let job = Job::new(request, arrival, model_with(|_| {}), None).await;
+    Arc::new(job.unwrap())
+}
+
+/// A cluster without links.
+pub(crate) fn cluster() -> Arc<Cluster> {
+    let metrics = Metrics::new(&Registry::default());
+    let corpora = Corpora::new(LedgerConfig::default(), metrics.clone());
+    Arc::new(Cluster::new(Routing::Cost, metrics, Arc::new(corpora)))
+}
+
+/// A worker that the test plays.
+pub(crate) struct Played {
+    pub(crate) worker: Arc<Worker>,
+    pub(crate) connected: Arc<Connected>,
+}
+
+impl Played {
+    /// Joins the cluster, serving a model.
+    pub(crate) fn join(cluster: &Cluster, model: Arc<Model>) -> Self {
+        let known = cluster.workers();
+        let address = format!("worker-{}:1", known.len()).parse().unwrap();
+        let members = known.iter().map(|worker| Member::clone(&worker.member()));
+        let view = View {
+            workers: members.chain([Member::at(address)]).collect(),
+            ..View::default()
+        };
+        let worker = cluster.follow(&view).remove(0);
+        let (session, _) = Session::new(PING);
+        // Never dialled: the session's frames are all that there is.
+        let channel = Endpoint::from_static("http://unreachable").connect_lazy();
+        let connected = Connected::new(model, session, WorkerClient::new(channel));
+        let connected = Arc::new(connected);
+        cluster.connect(&worker, connected.clone());
+        Self { worker, connected }
+    }
 }

@@ -107,10 +107,11 @@ impl Generation {
     fn place(&self) -> Option<Place> {
         let resumed = !self.output.is_empty();
         self.dispatch.cluster.place(&Wanted {
-            model: &self.job.model.name,
+            model: &self.job.model,
             prompt: &self.job.prompt,
             resumed: self.output.len(),
             output: (self.work.output - self.output.len() as f64).max(1.0),
+            max_tokens: self.job.stopping.max_tokens as usize,
             namespace: &self.job.namespace,
             session_id: &self.job.session_id,
             numerics_id: if resumed { &self.numerics_id } else { &[] },

@@ -1,0 +1,111 @@
+//! Placements in a cluster whose workers the tests play.
+
+use shoal_proto::{inference::GenerateRequest, worker::WorkerState};
+
+use super::*;
+use crate::{
+    request::Job,
+    testing::{self, Played, model_with},
+};
+
+async fn job() -> Arc<Job> {
+    testing::job(GenerateRequest::default()).await
+}
+
+/// What a job of a hundred tokens asks for, of which ten are the prompt.
+fn wanted<'a>(job: &'a Job, model: &'a Model) -> Wanted<'a> {
+    Wanted {
+        model,
+        prompt: &[7; 10],
+        resumed: 0,
+        output: 10.0,
+        max_tokens: 90,
+        namespace: &job.namespace,
+        session_id: "",
+        numerics_id: &[],
+        avoid: &[],
+        at: None,
+    }
+}
+
+fn chosen(cluster: &Cluster, wanted: &Wanted<'_>) -> Option<Arc<str>> {
+    cluster.place(wanted).map(|place| place.address)
+}
+
+#[tokio::test]
+async fn tokens_go_where_they_mean_the_same() {
+    let (cluster, job) = (testing::cluster(), job().await);
+    let old = model_with(|_| {});
+    let new = model_with(|d| d.tokenizer_sha256 = vec![1; 32]);
+    let first = Played::join(&cluster, old.clone());
+    let second = Played::join(&cluster, new.clone());
+    for (model, played) in [(&old, &first), (&new, &second)] {
+        for _ in 0..4 {
+            let address = chosen(&cluster, &wanted(&job, model));
+            assert_eq!(address.as_ref(), Some(&played.worker.address));
+        }
+    }
+    assert!(!cluster.has_other(&first.connected));
+    first.connected.set_state(WorkerState::Draining);
+    assert_eq!(chosen(&cluster, &wanted(&job, &old)), None);
+}
+
+#[tokio::test]
+async fn a_name_stands_for_what_most_ready_workers_serve() {
+    let cluster = testing::cluster();
+    let old = model_with(|_| {});
+    let new = model_with(|d| d.tokenizer_sha256 = vec![1; 32]);
+    let _kept = [old.clone(), old.clone()].map(|model| Played::join(&cluster, model));
+    let serves = |model: &Model| cluster.model("tiny").unwrap().shares_tokens(model);
+    let second = Played::join(&cluster, new.clone());
+    assert!(serves(&old), "one of three");
+    let third = Played::join(&cluster, new.clone());
+    assert!(serves(&new), "as many, and newer");
+    for leaving in [&second, &third] {
+        leaving.connected.set_state(WorkerState::Draining);
+    }
+    assert!(serves(&old), "the newer ones are leaving");
+    for worker in cluster.workers().iter() {
+        cluster.disconnect(worker);
+    }
+    assert!(serves(&new), "nobody is ready");
+}
+
+#[tokio::test]
+async fn a_context_that_holds_the_answer_comes_first() {
+    let (cluster, job) = (testing::cluster(), job().await);
+    let of_context = |tokens| model_with(|d| d.context_length = tokens);
+    let long = Played::join(&cluster, of_context(100));
+    let short = Played::join(&cluster, of_context(50));
+    assert_eq!(cluster.model("tiny").unwrap().context(), 100);
+    let model = of_context(100);
+    let wanted = wanted(&job, &model);
+    let small = Wanted {
+        max_tokens: 40,
+        ..wanted
+    };
+    for _ in 0..4 {
+        assert_eq!(chosen(&cluster, &wanted), Some(long.worker.address.clone()));
+        // A refusal is no reason to cut the answer short.
+        let avoid = [long.worker.address.clone()];
+        let refused = Wanted {
+            avoid: &avoid,
+            ..wanted
+        };
+        assert_eq!(chosen(&cluster, &refused), None);
+        let elsewhere = Wanted {
+            avoid: &avoid,
+            ..small
+        };
+        assert_eq!(
+            chosen(&cluster, &elsewhere),
+            Some(short.worker.address.clone())
+        );
+    }
+    // With the long one gone, the short one serves for as long as there is room.
+    cluster.disconnect(&long.worker);
+    for (resumed, fits) in [(0, true), (39, true), (40, false)] {
+        let resumed = Wanted { resumed, ..wanted };
+        assert_eq!(chosen(&cluster, &resumed).is_some(), fits);
+    }
+}
