@@ -99,9 +99,14 @@ impl PageIndex {
     }
 
     /// Leading pages of a prompt that are there, or come with a prompt that was sent before.
-    pub(crate) fn overlap(&self, prompt: &[PageHash]) -> usize {
+    /// `own`: it is under way itself, and what it alone brings is still to be computed.
+    pub(crate) fn overlap(&self, prompt: &[PageHash], own: bool) -> usize {
         let state = self.lock();
-        let is_there = |hash| state.cached.contains(hash) || state.coming.contains_key(hash);
+        let comes = |hash| {
+            let prompts = state.coming.get(hash);
+            prompts.is_some_and(|&prompts| prompts > u32::from(own))
+        };
+        let is_there = |hash| state.cached.contains(hash) || comes(hash);
         prompt.iter().take_while(|hash| is_there(*hash)).count()
     }
 
@@ -195,7 +200,7 @@ mod tests {
 
     fn overlap(index: &PageIndex, prompt: &[u8]) -> usize {
         let prompt: Vec<_> = prompt.iter().map(|&n| hash(n)).collect();
-        index.overlap(&prompt)
+        index.overlap(&prompt, false)
     }
 
     #[test]
@@ -273,6 +278,8 @@ mod tests {
             index.expect(vec![hash(1)]),
         );
         assert_eq!(overlap(&index, &[1, 2, 3]), 2);
+        let own = index.overlap(&[hash(1), hash(2)], true);
+        assert_eq!(own, 1, "only the first comes with another, too");
         drop(first);
         assert_eq!(overlap(&index, &[1, 2, 3]), 1);
         drop(second);

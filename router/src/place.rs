@@ -96,13 +96,14 @@ impl Cluster {
         let mut candidates: Vec<Candidate> = Vec::with_capacity(ready.len());
         for r in &ready {
             let index = &r.connected.pages;
-            let mut cached = index.overlap(pages(r)) * PAGE_TOKENS;
+            let at = wanted.at.filter(|(at, _)| Arc::ptr_eq(at, &r.connected));
+            let mut cached = index.overlap(pages(r), at.is_some()) * PAGE_TOKENS;
             if !index.is_exact() && home.as_ref() == Some(&r.worker.address) {
                 // It held the conversation's earlier turns; nothing better is known.
                 cached = wanted.prompt.len();
             }
             let mut candidate = r.connected.candidate(cached as f64);
-            if let Some((_, own)) = wanted.at.filter(|(at, _)| Arc::ptr_eq(at, &r.connected)) {
+            if let Some((_, own)) = at {
                 candidate.placed = candidate.placed.without(own);
             }
             candidates.push(candidate);

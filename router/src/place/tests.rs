@@ -1,6 +1,9 @@
 //! Placements in a cluster whose workers the tests play.
 
-use shoal_proto::{inference::GenerateRequest, worker::WorkerState};
+use shoal_proto::{
+    inference::GenerateRequest,
+    worker::{Load, WorkerState},
+};
 
 use super::*;
 use crate::{
@@ -108,4 +111,30 @@ async fn a_context_that_holds_the_answer_comes_first() {
         let resumed = Wanted { resumed, ..wanted };
         assert_eq!(chosen(&cluster, &resumed).is_some(), fits);
     }
+}
+
+#[tokio::test]
+async fn what_a_sequence_has_yet_to_prefill_does_not_hold_it_back() {
+    let (cluster, job) = (testing::cluster(), job().await);
+    let model = model_with(|d| d.context_length = 8192);
+    let wanted = Wanted {
+        prompt: &[7; 3200],
+        ..wanted(&job, &model)
+    };
+    let busy = Played::join(&cluster, model.clone());
+    let place = cluster.place(&wanted).expect("a worker");
+    assert_eq!((place.cached, place.uncached), (0, 3200));
+    // Half as much of others waits before it.
+    busy.connected.set_load(Load {
+        waiting_uncached_tokens: 1500,
+        ..Load::default()
+    });
+    let idle = Played::join(&cluster, model.clone());
+    let waits = Wanted {
+        at: Some((&busy.connected, place.uncached)),
+        ..wanted
+    };
+    assert_eq!(chosen(&cluster, &waits), Some(idle.worker.address.clone()));
+    // Another one with the same prompt follows it to where it waits.
+    assert_eq!(chosen(&cluster, &wanted), Some(busy.worker.address.clone()));
 }
