@@ -153,7 +153,9 @@ impl Generation {
                     tracing::debug!(%worker, reason = reason.as_str_name(), "submission refused");
                     self.avoid.push(worker);
                     self.detach();
-                    if reason == RejectReason::Overloaded && self.attempt == 0 {
+                    // One that only moved while it waited never ran either.
+                    let never_ran = self.output.is_empty() && self.fruitless == 0;
+                    if reason == RejectReason::Overloaded && never_ran {
                         self.must_fit_elsewhere()?;
                     }
                 }
@@ -264,3 +266,6 @@ impl Generation {
         timeout(FAREWELL, farewell).await.unwrap_or_default()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use futures::{StreamExt, stream::BoxStream};
 use prost::Message as _;
 use sha2::{Digest, Sha256};
 use shoal_draft::LedgerConfig;
@@ -11,7 +12,10 @@ use shoal_fabric::{
 };
 use shoal_proto::{
     inference::{GenerateRequest, TokenIds, generate_request::Prompt},
-    worker::{ModelDescription, WorkerState, worker_client::WorkerClient},
+    worker::{
+        ModelDescription, RejectReason, Rejected, RouterFrame, Submit, WorkerState,
+        router_frame::Frame, worker_client::WorkerClient,
+    },
 };
 use tokio::time::Instant;
 use tonic::transport::Endpoint;
@@ -93,6 +97,7 @@ pub(crate) fn cluster() -> Arc<Cluster> {
 pub(crate) struct Played {
     pub(crate) worker: Arc<Worker>,
     pub(crate) connected: Arc<Connected>,
+    frames: BoxStream<'static, RouterFrame>,
 }
 
 impl Played {
@@ -106,12 +111,36 @@ impl Played {
             ..View::default()
         };
         let worker = cluster.follow(&view).remove(0);
-        let (session, _) = Session::new(PING);
+        let (session, frames) = Session::new(PING);
         // Never dialled: the session's frames are all that there is.
         let channel = Endpoint::from_static("http://unreachable").connect_lazy();
         let connected = Connected::new(model, session, WorkerClient::new(channel));
         let connected = Arc::new(connected);
         cluster.connect(&worker, connected.clone());
-        Self { worker, connected }
+        Self {
+            worker,
+            connected,
+            frames: frames.boxed(),
+        }
+    }
+
+    /// The next submission.
+    pub(crate) async fn submitted(&mut self) -> Submit {
+        loop {
+            let frame = self.frames.next().await.unwrap().frame;
+            if let Some(Frame::Submit(submit)) = frame {
+                return submit;
+            }
+        }
+    }
+
+    /// Refuses a submission.
+    pub(crate) fn reject(&self, submit: &Submit, reason: RejectReason) {
+        self.connected.session.reject(Rejected {
+            sequence: submit.sequence,
+            attempt: submit.attempt,
+            reason: reason as i32,
+            ..Rejected::default()
+        });
     }
 }
