@@ -13,8 +13,8 @@ use shoal_fabric::{
 use shoal_proto::{
     inference::{GenerateRequest, TokenIds, generate_request::Prompt},
     worker::{
-        ModelDescription, RejectReason, Rejected, RouterFrame, Submit, WorkerState,
-        router_frame::Frame, worker_client::WorkerClient,
+        ModelDescription, RejectReason, Rejected, RouterFrame, SequenceOutput, StepOutput, Submit,
+        WorkerState, router_frame::Frame, worker_client::WorkerClient,
     },
 };
 use tokio::time::Instant;
@@ -141,6 +141,20 @@ impl Played {
             attempt: submit.attempt,
             reason: reason as i32,
             ..Rejected::default()
+        });
+    }
+
+    /// Makes the first tokens of a submission's output.
+    pub(crate) fn make(&self, submit: &Submit, tokens: &[u32]) {
+        let output = SequenceOutput {
+            sequence: submit.sequence,
+            attempt: submit.attempt,
+            tokens: tokens.to_vec(),
+            ..SequenceOutput::default()
+        };
+        self.connected.session.deliver(StepOutput {
+            sequences: vec![output],
+            ..StepOutput::default()
         });
     }
 }

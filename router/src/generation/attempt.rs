@@ -98,8 +98,9 @@ impl Generation {
         }
     }
 
-    /// Has its next attempt made.
+    /// Has its next attempt made. It had a worker until now.
     fn try_again(&mut self) {
+        self.homeless = None;
         self.attempt += 1;
         self.dispatch.metrics.resubmissions.inc();
     }

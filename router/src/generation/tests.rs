@@ -4,6 +4,8 @@ use std::future::pending;
 
 use shoal_proto::{inference::GenerateRequest, worker::Load};
 
+use tokio::time::advance;
+
 use super::*;
 use crate::{
     admission::{Admission, Limits, Throughput},
@@ -73,4 +75,27 @@ async fn a_moved_sequence_that_nobody_takes_is_sent_back() {
         () = workers => unreachable!(),
     };
     assert!(matches!(end, RequestError::Overloaded { .. }), "{end:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_wait_for_a_worker_begins_with_the_loss() {
+    let rig = Rig::new();
+    let mut first = rig.join();
+    let mut generation = rig.generation().await;
+    let workers = async {
+        first.submitted().await;
+        // A long prefill, or a queue.
+        advance(WINDOW + Duration::from_secs(5)).await;
+        rig.cluster.disconnect(&first.worker);
+        advance(WINDOW / 2).await;
+        let mut second = rig.join();
+        let submit = second.submitted().await;
+        second.make(&submit, &[5]);
+        pending::<()>().await;
+    };
+    let news = tokio::select! {
+        news = generation.next() => news.unwrap(),
+        () = workers => unreachable!(),
+    };
+    assert_eq!(news.tokens, [5]);
 }
