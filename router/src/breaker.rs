@@ -94,6 +94,11 @@ pub(crate) struct Pass {
 }
 
 impl Pass {
+    /// Whether its verdict is what the open breaker waits for.
+    pub(crate) fn probes(&self) -> bool {
+        self.probe && self.breaker.lock().generation == self.generation
+    }
+
     /// The worker made something of it.
     pub(crate) fn succeed(&mut self) {
         let mut state = self.breaker.lock();
@@ -167,8 +172,10 @@ mod tests {
         let breaker = opened();
         advance(FIRST_PAUSE).await;
         let mut probe = breaker.enter().unwrap();
+        assert!(probe.probes());
         assert!(!breaker.admits() && breaker.enter().is_none());
         probe.succeed();
+        assert!(!probe.probes());
         assert!(!breaker.is_open() && breaker.enter().is_some());
     }
 

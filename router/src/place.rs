@@ -33,8 +33,23 @@ pub(crate) struct Wanted<'a> {
     pub(crate) numerics_id: &'a [u8],
     /// Workers that just refused, by address.
     pub(crate) avoid: &'a [Arc<str>],
-    /// The worker that it is at, and the tokens of its own that wait there for their prefill.
-    pub(crate) at: Option<(&'a Arc<Connected>, u64)>,
+    pub(crate) at: Option<At<'a>>,
+}
+
+/// Where a sequence is while it waits for its first output.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct At<'a> {
+    pub(crate) connected: &'a Arc<Connected>,
+    /// Tokens of its own that wait there for their prefill.
+    pub(crate) unstarted: u64,
+    /// Its output is what the worker's breaker waits for.
+    pub(crate) probes: bool,
+}
+
+impl At<'_> {
+    fn is(&self, ready: &Ready) -> bool {
+        Arc::ptr_eq(self.connected, &ready.connected)
+    }
 }
 
 /// A worker to submit to.
@@ -76,7 +91,12 @@ impl Cluster {
             ready.retain(|r| !r.worker.is_retired());
         }
         let home = home(&ready, wanted.session_id);
-        ready.retain(|r| !wanted.avoid.contains(&r.worker.address) && r.worker.breaker.admits());
+        // A breaker that lets one try admits no other, and not that one again.
+        let probed = |r: &Ready| wanted.at.is_some_and(|at| at.probes && at.is(r));
+        ready.retain(|r| {
+            let admitted = r.worker.breaker.admits() || probed(r);
+            admitted && !wanted.avoid.contains(&r.worker.address)
+        });
         let same =
             |r: &Ready| wanted.numerics_id.is_empty() || r.numerics_id() == wanted.numerics_id;
         if ready.iter().any(same) {
@@ -96,15 +116,15 @@ impl Cluster {
         let mut candidates: Vec<Candidate> = Vec::with_capacity(ready.len());
         for r in &ready {
             let index = &r.connected.pages;
-            let at = wanted.at.filter(|(at, _)| Arc::ptr_eq(at, &r.connected));
+            let at = wanted.at.filter(|at| at.is(r));
             let mut cached = index.overlap(pages(r), at.is_some()) * PAGE_TOKENS;
             if !index.is_exact() && home.as_ref() == Some(&r.worker.address) {
                 // It held the conversation's earlier turns; nothing better is known.
                 cached = wanted.prompt.len();
             }
             let mut candidate = r.connected.candidate(cached as f64);
-            if let Some((_, own)) = at {
-                candidate.placed = candidate.placed.without(own);
+            if let Some(at) = at {
+                candidate.placed = candidate.placed.without(at.unstarted);
             }
             candidates.push(candidate);
         }
@@ -117,7 +137,7 @@ impl Cluster {
         let cached = candidates[chosen].cached as u64;
         let Ready { worker, connected } = &ready[chosen];
         Some(Place {
-            // Another sequence may have become the probe of an open breaker meanwhile.
+            // Of an open breaker it is the probe already, or another has become it meanwhile.
             pass: worker.breaker.enter()?,
             coming: connected.pages.expect(pages(&ready[chosen]).to_vec()),
             address: worker.address.clone(),

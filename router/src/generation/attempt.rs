@@ -12,7 +12,7 @@ use crate::{
     breaker::Pass,
     error::RequestError,
     pages::Coming,
-    place::{Place, Wanted},
+    place::{At, Place, Wanted},
     placement::Routing,
     session::{Attachment, Closed},
     worker::Connected,
@@ -117,10 +117,11 @@ impl Generation {
             session_id: &self.job.session_id,
             numerics_id: if resumed { &self.numerics_id } else { &[] },
             avoid: &self.avoid,
-            at: self
-                .at
-                .as_ref()
-                .map(|stay| (&stay.connected, stay.uncached)),
+            at: self.at.as_ref().map(|stay| At {
+                connected: &stay.connected,
+                unstarted: stay.uncached,
+                probes: stay.pass.probes(),
+            }),
         })
     }
 

@@ -1,9 +1,12 @@
 //! Placements in a cluster whose workers the tests play.
 
+use std::time::Duration;
+
 use shoal_proto::{
     inference::GenerateRequest,
     worker::{Load, WorkerState},
 };
+use tokio::time::advance;
 
 use super::*;
 use crate::{
@@ -131,10 +134,49 @@ async fn what_a_sequence_has_yet_to_prefill_does_not_hold_it_back() {
     });
     let idle = Played::join(&cluster, model.clone());
     let waits = Wanted {
-        at: Some((&busy.connected, place.uncached)),
+        at: Some(At {
+            connected: &busy.connected,
+            unstarted: place.uncached,
+            probes: place.pass.probes(),
+        }),
         ..wanted
     };
     assert_eq!(chosen(&cluster, &waits), Some(idle.worker.address.clone()));
     // Another one with the same prompt follows it to where it waits.
     assert_eq!(chosen(&cluster, &wanted), Some(busy.worker.address.clone()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_probe_stays_where_it_is_predicted_to_end_first() {
+    let (cluster, job) = (testing::cluster(), job().await);
+    let model = model_with(|_| {});
+    let wanted = wanted(&job, &model);
+    let well = Played::join(&cluster, model.clone());
+    (0..3).for_each(|_| well.worker.breaker.fail());
+    advance(Duration::from_secs(1)).await;
+    let probe = cluster.place(&wanted).expect("a probe");
+    let other = Played::join(&cluster, model.clone());
+    let waiting = |waiting_uncached_tokens| Load {
+        waiting_uncached_tokens,
+        ..Load::default()
+    };
+    let at = At {
+        connected: &well.connected,
+        unstarted: probe.uncached,
+        probes: probe.pass.probes(),
+    };
+    let again = |at| Wanted {
+        at: Some(at),
+        ..wanted
+    };
+    let elsewhere = Some(other.worker.address.clone());
+    other.connected.set_load(waiting(5000));
+    assert_eq!(chosen(&cluster, &again(at)), None, "no better place");
+    let behind = At {
+        probes: false,
+        ..at
+    };
+    assert_eq!(chosen(&cluster, &again(behind)), elsewhere);
+    well.connected.set_load(waiting(50_000));
+    assert_eq!(chosen(&cluster, &again(at)), elsewhere);
 }
