@@ -183,7 +183,9 @@ impl Cluster {
     /// The session is over; its sequences are lost. False: there was none.
     pub(crate) fn disconnect(&self, worker: &Worker) -> bool {
         let was_up = worker.disconnect();
-        self.changed();
+        if was_up {
+            self.changed();
+        }
         was_up
     }
 

@@ -180,3 +180,14 @@ async fn a_probe_stays_where_it_is_predicted_to_end_first() {
     well.connected.set_load(waiting(50_000));
     assert_eq!(chosen(&cluster, &again(at)), elsewhere);
 }
+
+#[tokio::test]
+async fn a_dial_that_fails_again_is_no_news() {
+    let cluster = testing::cluster();
+    let played = Played::join(&cluster, model_with(|_| {}));
+    for news in [true, false] {
+        let changes = cluster.watch();
+        assert_eq!(cluster.disconnect(&played.worker), news);
+        assert_eq!(changes.has_changed().unwrap(), news);
+    }
+}
