@@ -150,6 +150,19 @@ impl Admission {
         })
     }
 
+    /// A permit for a sequence that had one, lost it with its worker and goes on: it does not wait
+    /// again, even where others have taken its place.
+    pub(crate) fn readmit(self: &Arc<Self>, work: Work) -> Permit {
+        let mut state = self.lock();
+        state.running += 1;
+        state.running_work += work;
+        drop(state);
+        Permit {
+            admission: self.clone(),
+            work,
+        }
+    }
+
     /// More choices than the limit run alone rather than never.
     fn fits(&self, running: u32, sequences: u32) -> bool {
         running == 0 || running + sequences <= self.limits.max_running

@@ -43,7 +43,7 @@ pub struct RouterArgs {
     /// TOML file of hashed API keys (see [`ApiKeys`]); without it every caller is tenant
     /// `default`.
     pub api_keys: Option<PathBuf>,
-    /// Most sequences at the workers at one time.
+    /// Most sequences at the workers at one time, besides those that were lost and go on.
     pub max_running: u32,
     /// Most requests that wait for that; further ones are refused.
     pub max_waiting: u32,

@@ -351,7 +351,7 @@ impl Attachment {
         self.session.cancel(self.sequence, self.slot.attempt);
     }
 
-    /// The permit, for the next attempt, where the worker is not done.
+    /// The permit, for an attempt elsewhere, where the worker is not done.
     pub(crate) fn take_permit(&self) -> Option<Permit> {
         self.slot.take_permit()
     }

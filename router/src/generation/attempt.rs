@@ -144,9 +144,13 @@ impl Generation {
             self.changes.mark_unchanged();
             if let Some(place) = self.place() {
                 let submit = self.submission(&place);
+                // The end of an attempt took its permit, lest one whose client does not read
+                // kept others out meanwhile.
+                let admission = &self.dispatch.admission;
                 let permit = self.permit.take();
+                let permit = permit.unwrap_or_else(|| admission.readmit(self.work));
                 let session = &place.connected.session;
-                let submitted = session.submit(submit, place.uncached, permit);
+                let submitted = session.submit(submit, place.uncached, Some(permit));
                 match timeout_at(deadline, submitted).await {
                     Ok(Ok(attachment)) => {
                         self.settle(place, attachment);

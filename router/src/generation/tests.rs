@@ -99,3 +99,33 @@ async fn the_wait_for_a_worker_begins_with_the_loss() {
     };
     assert_eq!(news.tokens, [5]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_sequence_keeps_nobody_out_until_it_goes_on() {
+    let rig = Rig::new();
+    let admission = &rig.dispatch.admission;
+    let mut first = rig.join();
+    let mut generation = rig.generation().await;
+    tokio::select! {
+        news = generation.next() => panic!("{news:?}"),
+        _ = first.submitted() => {}
+    }
+    // From here on nobody reads it.
+    rig.cluster.disconnect(&first.worker);
+    assert_eq!(admission.running(), 0);
+    let other = rig.generation().await;
+    assert_eq!(admission.running(), 1);
+    let mut second = rig.join();
+    let resumed = async {
+        let submit = second.submitted().await;
+        assert_eq!((submit.attempt, admission.running()), (1, 2));
+        second.make(&submit, &[5]);
+        pending::<()>().await;
+    };
+    tokio::select! {
+        news = generation.next() => assert_eq!(news.unwrap().tokens, [5]),
+        () = resumed => unreachable!(),
+    }
+    drop((generation, other));
+    assert_eq!(admission.running(), 0);
+}

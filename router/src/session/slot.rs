@@ -61,8 +61,7 @@ impl Slot {
             return false;
         };
         state.room = room;
-        if output.finish != Finish::Unspecified as i32 && output.finish != Finish::Preempted as i32
-        {
+        if output.finish != Finish::Unspecified as i32 {
             state.permit = None;
         }
         match &mut state.pending {
@@ -77,6 +76,7 @@ impl Slot {
     pub(super) fn end(&self, event: Event) {
         let mut state = lock(&self.state);
         state.end = Some(event);
+        state.permit = None;
         wake(state);
     }
 
