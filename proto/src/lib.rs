@@ -57,6 +57,10 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 /// The version of the router–worker protocol that this build speaks.
 pub const PROTOCOL_VERSION: u32 = 1;
 
+/// Largest message of a router that a worker takes, in bytes. A larger one would end its
+/// stream, with every sequence on it.
+pub const MAX_ROUTER_FRAME: usize = 16 << 20;
+
 #[cfg(test)]
 mod tests {
     use super::worker::SequenceOutput;

@@ -87,6 +87,8 @@ pub(crate) enum RequestError {
     Template(#[from] TemplateError),
     #[error("the body is larger than {limit} bytes")]
     BodyTooLarge { limit: usize },
+    #[error("the prompt and its settings are larger than the {limit} bytes that a worker takes")]
+    SubmissionTooLarge { limit: usize },
     #[error("no model {model:?} is served here")]
     ModelNotFound { model: String },
     #[error("there is no {method} {path}")]
@@ -166,6 +168,7 @@ impl RequestError {
             Self::Unsupported { .. } => "unsupported_parameter",
             Self::Text(_) | Self::Template(_) => "invalid_prompt",
             Self::BodyTooLarge { .. } => "body_too_large",
+            Self::SubmissionTooLarge { .. } => "request_too_large",
             Self::ModelNotFound { .. } => "model_not_found",
             Self::RouteNotFound { .. } => "unknown_url",
             Self::MethodNotAllowed { .. } => "method_not_allowed",
@@ -216,7 +219,9 @@ impl RequestError {
     /// Over HTTP.
     pub(crate) fn status(&self) -> StatusCode {
         match self {
-            Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTooLarge { .. } | Self::SubmissionTooLarge { .. } => {
+                StatusCode::PAYLOAD_TOO_LARGE
+            }
             Self::ModelNotFound { .. }
             | Self::RouteNotFound { .. }
             | Self::GroupNotFound { .. } => StatusCode::NOT_FOUND,

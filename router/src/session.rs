@@ -15,10 +15,14 @@ use std::{
 };
 
 use futures::Stream;
+use prost::Message as _;
 use shoal_core::TokenId;
-use shoal_proto::worker::{
-    Cancel, Draft, Finish, Follow, Ping, Rejected, RouterFrame, StepOutput, Submit,
-    router_frame::Frame,
+use shoal_proto::{
+    MAX_ROUTER_FRAME,
+    worker::{
+        Cancel, Draft, Finish, Follow, Ping, Rejected, RouterFrame, StepOutput, Submit,
+        router_frame::Frame,
+    },
 };
 use tokio::{
     sync::{Notify, mpsc},
@@ -34,6 +38,8 @@ use crate::admission::Permit;
 
 /// Submissions that wait for the worker's flow control.
 const OUTBOUND: usize = 64;
+/// Bytes of a frame around its submission: a tag and a length.
+const ENVELOPE: usize = 8;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -48,9 +54,14 @@ pub(crate) struct Session {
     wake: Notify,
 }
 
-/// The session is over; the permit comes back.
+/// Why a sequence is not submitted.
 #[derive(Debug)]
-pub(crate) struct Closed(pub(crate) Option<Permit>);
+pub(crate) enum NotSubmitted {
+    /// The session is over; the permit comes back.
+    Closed(Option<Permit>),
+    /// It would end the session for all others.
+    TooLarge,
+}
 
 impl Session {
     /// A session and the frames that it sends.
@@ -74,11 +85,11 @@ impl Session {
         submit: Submit,
         uncached: u64,
         permit: Option<Permit>,
-    ) -> Result<Attachment, Closed> {
+    ) -> Result<Attachment, NotSubmitted> {
         let attachment = self.open(&submit, uncached, permit)?;
         match self.outbound.send(submit).await {
             Ok(()) => Ok(attachment),
-            Err(_) => Err(Closed(attachment.take_permit())),
+            Err(_) => Err(NotSubmitted::Closed(attachment.take_permit())),
         }
     }
 
@@ -95,7 +106,10 @@ impl Session {
         submit: &Submit,
         uncached: u64,
         permit: Option<Permit>,
-    ) -> Result<Attachment, Closed> {
+    ) -> Result<Attachment, NotSubmitted> {
+        if submit.encoded_len() > MAX_ROUTER_FRAME - ENVELOPE {
+            return Err(NotSubmitted::TooLarge);
+        }
         let (sequence, attempt) = (submit.sequence, submit.attempt);
         let most = submit.stopping.as_ref().map_or(0, |s| s.max_tokens) as usize;
         let room = match submit.lead {
@@ -105,7 +119,7 @@ impl Session {
         };
         let mut table = lock(&self.table);
         if table.closed {
-            return Err(Closed(permit));
+            return Err(NotSubmitted::Closed(permit));
         }
         let slot = Arc::new(Slot::new(attempt, room, permit));
         table.unstarted += uncached;

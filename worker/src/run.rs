@@ -21,7 +21,7 @@ use shoal_fabric::{
     shutdown::Shutdown,
 };
 use shoal_proto::{
-    PROTOCOL_VERSION,
+    MAX_ROUTER_FRAME, PROTOCOL_VERSION,
     worker::{Finish, ModelDescription, worker_server::WorkerServer},
 };
 use tokio::sync::oneshot;
@@ -114,7 +114,9 @@ pub(crate) async fn serve(
         worker.metrics.register(r);
         r.register_collector(Box::new(ComputeCollector));
     });
-    let grpc = Routes::new(WorkerServer::new(Service(worker.clone()))).add_service(reflection()?);
+    let service =
+        WorkerServer::new(Service(worker.clone())).max_decoding_message_size(MAX_ROUTER_FRAME);
+    let grpc = Routes::new(service).add_service(reflection()?);
     let state = worker.watch();
     let port = Port::open(listener, &worker.shutdown, state, &registry, grpc).await;
 

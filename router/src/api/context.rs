@@ -26,12 +26,26 @@ const LONGEST_REQUEST_ID: usize = 128;
 /// What the doors need to know of a request besides its message.
 #[derive(Clone, Debug)]
 pub(super) struct Context {
-    pub(super) request_id: Arc<str>,
+    request_id: Arc<str>,
     caller: Option<Caller>,
     at: Instant,
 }
 
 impl Context {
+    /// Takes the id over that the request itself brings.
+    pub(super) fn rename(&mut self, id: &str) -> Result<(), RequestError> {
+        if !is_fit(id) {
+            return Err(RequestError::invalid(
+                "request_id",
+                format!(
+                    "request_id must be at most {LONGEST_REQUEST_ID} characters of graphic ASCII"
+                ),
+            ));
+        }
+        self.request_id = id.into();
+        Ok(())
+    }
+
     /// The request's arrival, with the deadline that the client or this router sets.
     pub(super) fn arrival(
         self,
@@ -135,13 +149,15 @@ pub(super) async fn surround(
     account::count(&service.metrics, &span, route, response)
 }
 
-/// The client's id where it is fit for logs and headers, else a new one.
+/// Whether an id is fit for logs and headers.
+fn is_fit(id: &str) -> bool {
+    (1..=LONGEST_REQUEST_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
+}
+
+/// The client's id where it is fit, else a new one.
 fn request_id(headers: &HeaderMap) -> Arc<str> {
-    let fit = |id: &&str| {
-        (1..=LONGEST_REQUEST_ID).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
-    };
     let given = headers.get(&REQUEST_ID).and_then(|id| id.to_str().ok());
-    match given.filter(fit) {
+    match given.filter(|id| is_fit(id)) {
         Some(id) => id.into(),
         None => format!("{:032x}", rand::random::<u128>()).into(),
     }

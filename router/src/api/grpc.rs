@@ -37,7 +37,7 @@ impl Grpc {
         let timeout = timeout(request.metadata().as_ref());
         let request = request.into_inner();
         if !request.request_id.is_empty() {
-            context.request_id = request.request_id.as_str().into();
+            context.rename(&request.request_id)?;
         }
         let arrival = context.arrival(timeout, &self.0)?;
         self.0.generate(request, arrival).await

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use shoal_core::{DraftScope, Speculation};
 use shoal_fabric::telemetry;
-use shoal_proto::worker::Submit;
+use shoal_proto::{MAX_ROUTER_FRAME, worker::Submit};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::Generation;
@@ -14,7 +14,7 @@ use crate::{
     pages::Coming,
     place::{At, Place, Wanted},
     placement::Routing,
-    session::{Attachment, Closed},
+    session::{Attachment, NotSubmitted},
     worker::Connected,
 };
 
@@ -156,7 +156,12 @@ impl Generation {
                         self.settle(place, attachment);
                         return Ok(());
                     }
-                    Ok(Err(Closed(permit))) => self.permit = permit,
+                    Ok(Err(NotSubmitted::Closed(permit))) => self.permit = permit,
+                    Ok(Err(NotSubmitted::TooLarge)) => {
+                        return Err(RequestError::SubmissionTooLarge {
+                            limit: MAX_ROUTER_FRAME,
+                        });
+                    }
                     Err(_) => return Err(RequestError::Deadline),
                 }
             }

@@ -223,10 +223,29 @@ async fn a_closed_session_loses_what_it_has_and_takes_nothing() {
     assert!(rig.frames.next().await.is_none());
     let (admission, permit) = permit().await;
     let refused = rig.session.submit(submit(8, 0), 3, Some(permit)).await;
-    let Closed(permit) = refused.unwrap_err();
+    let NotSubmitted::Closed(permit) = refused.unwrap_err() else {
+        panic!("it is over");
+    };
     assert!(permit.is_some());
     drop(permit);
     assert_eq!(admission.running(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_no_worker_takes_is_not_sent() {
+    let mut rig = Rig::new();
+    let mut large = submit(7, 0);
+    large.prompt = vec![u32::MAX; MAX_ROUTER_FRAME / 5 + 1];
+    let refused = rig.session.submit(large.clone(), 3, None).await;
+    assert!(matches!(refused, Err(NotSubmitted::TooLarge)));
+    assert!(rig.session.lead(large.clone()).is_none());
+    assert_eq!(rig.session.placed(), Placed::default());
+    // The largest that goes is a frame that a worker takes.
+    let over = large.encoded_len() - (MAX_ROUTER_FRAME - ENVELOPE);
+    large.prompt.truncate(large.prompt.len() - over.div_ceil(5));
+    let _attachment = rig.session.submit(large, 3, None).await.unwrap();
+    let frame = Some(rig.frame().await);
+    assert!(RouterFrame { frame }.encoded_len() <= MAX_ROUTER_FRAME);
 }
 
 #[tokio::test(start_paused = true)]

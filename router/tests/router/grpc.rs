@@ -151,6 +151,10 @@ async fn errors_carry_a_typed_detail() {
         model: "other".into(),
         ..text("x")
     };
+    let named = |id: &str| GenerateRequest {
+        request_id: id.into(),
+        ..text("x")
+    };
     for (request, code, reason, param) in [
         (
             with_sampling(nan),
@@ -183,6 +187,18 @@ async fn errors_carry_a_typed_detail() {
             "constraint",
         ),
         (elsewhere, Code::NotFound, "model_not_found", "model"),
+        (
+            named(&"r".repeat(129)),
+            Code::InvalidArgument,
+            "invalid_value",
+            "request_id",
+        ),
+        (
+            named("two lines\n"),
+            Code::InvalidArgument,
+            "invalid_value",
+            "request_id",
+        ),
     ] {
         let whole = grpc.generate(request.clone()).await.unwrap_err();
         let streamed = grpc.generate_stream(request).await.unwrap_err();
