@@ -37,7 +37,7 @@ pub(crate) struct Tokens {
     pub(crate) tokens: Vec<TokenId>,
     /// One per token, where asked for.
     pub(crate) logprobs: Vec<Logprob>,
-    /// One per prompt token, once, where asked for.
+    /// One per prompt token, all at once, where asked for.
     pub(crate) prompt_logprobs: Vec<Logprob>,
     pub(crate) end: Option<End>,
 }
@@ -197,9 +197,12 @@ impl Generation {
             self.output.extend_from_slice(&news.tokens);
             self.be_led(&news.tokens);
         }
-        if !self.prompt_scored && !output.prompt_logprobs.is_empty() {
-            self.prompt_scored = true;
-            news.prompt_logprobs = output.prompt_logprobs;
+        if let Some(stay) = self.at.as_mut().filter(|_| !self.prompt_scored) {
+            stay.prompt_scores.extend(output.prompt_logprobs);
+            if stay.prompt_scores.len() >= self.job.prompt.len() {
+                self.prompt_scored = true;
+                news.prompt_logprobs = std::mem::take(&mut stay.prompt_scores);
+            }
         }
         match finish {
             Finish::Unspecified => {}

@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use shoal_core::{DraftScope, Speculation};
 use shoal_fabric::telemetry;
-use shoal_proto::{MAX_ROUTER_FRAME, worker::Submit};
+use shoal_proto::{
+    MAX_ROUTER_FRAME,
+    worker::{Logprob, Submit},
+};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::Generation;
@@ -34,6 +37,8 @@ pub(super) struct Stay {
     pub(super) pass: Pass,
     /// It has had output here.
     pub(super) proven: bool,
+    /// Of the prompt, as many as have come: they come in pieces.
+    pub(super) prompt_scores: Vec<Logprob>,
     /// Tokens to prefill when it came.
     uncached: u64,
     _coming: Coming,
@@ -194,6 +199,7 @@ impl Generation {
             connected: place.connected,
             pass: place.pass,
             proven: false,
+            prompt_scores: Vec::new(),
             uncached: place.uncached,
             _coming: place.coming,
         });

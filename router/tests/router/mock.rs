@@ -44,6 +44,8 @@ pub(crate) struct Script {
     pub(crate) per_step: usize,
     /// The session breaks once a sequence has so many output tokens; resumed ones count on.
     pub(crate) break_at: Option<usize>,
+    /// The session breaks once after the first piece of a prompt's log-probabilities.
+    pub(crate) break_in_scores: bool,
     /// The sequence is given up at that many output tokens, once.
     pub(crate) preempt_at: Option<usize>,
     /// Not once, but every time.
@@ -63,6 +65,7 @@ impl Script {
             answer: text.as_bytes().to_vec(),
             per_step: 1,
             break_at: None,
+            break_in_scores: false,
             preempt_at: None,
             always_preempt: false,
             reject: None,

@@ -262,6 +262,29 @@ async fn echo_scores_the_prompt() {
 }
 
 #[tokio::test]
+async fn scores_of_a_prompt_that_break_off_come_whole_from_the_next_attempt() {
+    let script = Script {
+        break_in_scores: true,
+        ..Script::answer("!")
+    };
+    let mut mock = Mock::start(script).await;
+    let router = Router::ready(&[&mock]).await;
+    let body = json!({"prompt": "abcdefg", "echo": true, "max_tokens": 5, "logprobs": 0});
+    let answer = router.ok("/v1/completions", body).await;
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["text"], "abcdefg!");
+    assert_eq!(
+        choice["logprobs"]["text_offset"],
+        json!([0, 1, 2, 3, 4, 5, 6, 7])
+    );
+    for attempt in 0..2 {
+        let submit = mock.submitted().await;
+        assert_eq!(submit.attempt, attempt);
+        assert_eq!(submit.scoring.unwrap().prompt_top, Some(0));
+    }
+}
+
+#[tokio::test]
 async fn models_are_listed() {
     let mock = Mock::start(Script::answer("")).await;
     let router = Router::ready(&[&mock]).await;

@@ -16,6 +16,9 @@ use tonic::{Status, Streaming};
 use super::{Script, Seen, Shared};
 use crate::bundle::END;
 
+/// Log-probabilities of a prompt in one frame.
+const PIECE: usize = 2;
+
 struct Running {
     submit: Submit,
     /// Output tokens so far, resumed ones included.
@@ -140,12 +143,7 @@ impl Session {
             Up::Cancel(cancel) => {
                 if let Some(running) = self.sequences.remove(&cancel.sequence) {
                     self.shared.live.send_modify(|live| *live -= 1);
-                    self.send(Down::Step(StepOutput {
-                        step: self.step,
-                        sequences: vec![running.cancelled()],
-                        load: Some(self.load()),
-                    }))
-                    .await;
+                    self.send_outputs(vec![running.cancelled()]).await;
                 }
                 self.shared.seen.send(Seen::Cancel(cancel)).ok();
             }
@@ -196,13 +194,34 @@ impl Session {
                 self.shared.live.send_modify(|live| *live -= 1);
             }
         }
+        for output in &mut outputs {
+            while output.prompt_logprobs.len() > PIECE {
+                self.send_outputs(vec![SequenceOutput {
+                    sequence: output.sequence,
+                    attempt: output.attempt,
+                    output_offset: output.output_offset,
+                    prompt_logprobs: output.prompt_logprobs.drain(..PIECE).collect(),
+                    ..SequenceOutput::default()
+                }])
+                .await;
+                if script.break_in_scores {
+                    self.shared.script.lock().unwrap().break_in_scores = false;
+                    self.down.send(Err(Status::unavailable("crash"))).await.ok();
+                    return false;
+                }
+            }
+        }
+        self.send_outputs(outputs).await;
+        true
+    }
+
+    async fn send_outputs(&self, sequences: Vec<SequenceOutput>) {
         self.send(Down::Step(StepOutput {
             step: self.step,
-            sequences: outputs,
+            sequences,
             load: Some(self.load()),
         }))
         .await;
-        true
     }
 }
 
