@@ -107,7 +107,7 @@ pub(crate) fn unix_seconds() -> u64 {
     since.map_or(0, |time| time.as_secs())
 }
 
-/// Most bundles that are kept without a worker that uses them.
+/// Most bundles that are kept, with or without a worker that uses them.
 const CACHED_BUNDLES: usize = 16;
 
 /// Text models by the hash of their bundle.
@@ -122,7 +122,8 @@ impl TextCache {
         Some(text.clone())
     }
 
-    /// Checks and builds a text model. Takes a while: not for an async thread.
+    /// Checks and builds a text model. Of workers that connect at one time the first to be done
+    /// gives all of them theirs. Takes a while: not for an async thread.
     pub(crate) fn add(
         &self,
         encoded: &[u8],
@@ -130,10 +131,31 @@ impl TextCache {
     ) -> Result<Arc<TextModel>, BundleError> {
         let text = Arc::new(TextModel::from_bundle(encoded, &hash)?);
         let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, known)) = cache.iter().find(|(known, _)| *known == hash) {
+            return Ok(known.clone());
+        }
         if cache.len() >= CACHED_BUNDLES {
             cache.remove(0);
         }
         cache.push((hash, text.clone()));
         Ok(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn workers_of_one_model_share_its_text() {
+        let cache = TextCache::default();
+        let (encoded, hash) = testing::bundle();
+        let first = cache.add(&encoded, hash).unwrap();
+        // As of workers that connect at the same time.
+        for _ in 0..CACHED_BUNDLES {
+            assert!(Arc::ptr_eq(&cache.add(&encoded, hash).unwrap(), &first));
+        }
+        assert_eq!(cache.0.lock().unwrap().len(), 1);
     }
 }

@@ -25,7 +25,7 @@ use crate::{
     corpus::Corpora,
     keys::{Caller, Tenant},
     metrics::Metrics,
-    model::{Model, TextCache},
+    model::{BundleHash, Model, TextCache},
     placement::Routing,
     request::{Arrival, Job},
     session::Session,
@@ -45,13 +45,19 @@ pub(crate) const WORD_TEXT: &str = "wxyz";
 /// Between the pings of a session.
 const PING: Duration = Duration::from_secs(5);
 
-/// The byte-level model with one [`WORD`] more, as a worker has it.
-pub(crate) fn model_with(change: impl FnOnce(&mut ModelDescription)) -> Arc<Model> {
+/// The encoded bundle of the byte-level model with one [`WORD`] more, and its hash.
+pub(crate) fn bundle() -> (Vec<u8>, BundleHash) {
     let mut bundle = bundle::bundle();
     bundle.tokens.push(WORD_TEXT.into());
     bundle.token_types.push(1);
     let encoded = bundle.encode_to_vec();
-    let hash: [u8; 32] = Sha256::digest(&encoded).into();
+    let hash = Sha256::digest(&encoded).into();
+    (encoded, hash)
+}
+
+/// The model of that [`bundle`], as a worker has it.
+pub(crate) fn model_with(change: impl FnOnce(&mut ModelDescription)) -> Arc<Model> {
+    let (encoded, hash) = bundle();
     let mut description = ModelDescription {
         model: "tiny".into(),
         context_length: 512,
