@@ -231,23 +231,30 @@ impl Cluster {
         workers.iter().any(|worker| worker.is_ready())
     }
 
-    /// The model of that name; the only one there is for an empty name.
+    /// The model of that name. For an empty name the only one that is served, or that was where
+    /// none is: one that another took the place of does not count.
     pub(crate) fn model(&self, name: &str) -> Result<Arc<Model>, RequestError> {
-        let models = self.models.load();
-        match (name, models.as_slice()) {
-            (_, []) => Err(RequestError::NoWorker),
-            ("", [model]) => Ok(self.served(model)),
-            ("", _) => Err(RequestError::invalid(
+        let seen = self.models.load();
+        if seen.is_empty() {
+            return Err(RequestError::NoWorker);
+        }
+        let find = |name: &str| {
+            let model = seen.iter().find(|m| *m.name == *name);
+            let served = model.map(|model| self.served(model));
+            served.ok_or_else(|| RequestError::ModelNotFound {
+                model: name.to_owned(),
+            })
+        };
+        if !name.is_empty() {
+            return find(name);
+        }
+        match (self.models().as_slice(), seen.as_slice()) {
+            ([model], _) | ([], [model]) => find(&model.name),
+            ([], _) => Err(RequestError::NoWorker),
+            _ => Err(RequestError::invalid(
                 "model",
                 "model is required: several are served",
             )),
-            (name, models) => {
-                let model = models.iter().find(|m| *m.name == *name);
-                let served = model.map(|model| self.served(model));
-                served.ok_or_else(|| RequestError::ModelNotFound {
-                    model: name.to_owned(),
-                })
-            }
         }
     }
 
@@ -274,7 +281,7 @@ impl Cluster {
         served.unwrap_or(newest).clone()
     }
 
-    /// The same; where no worker was ever seen, it waits for one.
+    /// The same; where no worker says which one is meant, it waits for one.
     pub(crate) async fn await_model(
         &self,
         name: &str,

@@ -276,6 +276,25 @@ async fn several_models_are_served_by_name() {
 }
 
 #[tokio::test]
+async fn a_model_that_another_took_the_place_of_does_not_make_it_several() {
+    let named = |name: &str| Script {
+        model: name.into(),
+        ..Script::answer(name)
+    };
+    let old = Mock::start(named("old")).await;
+    let new = Mock::start(named("new")).await;
+    let (router, membership) = local(vec![member("a", &old)]).await;
+    assert_eq!(content(&router.chat(json!({})).await), "old");
+    membership.set(vec![member("b", &new)]);
+    drop(old);
+    status(&router, |s| {
+        s.groups.len() == 1 && state(s, "b") == Some(State::Ready)
+    })
+    .await;
+    assert_eq!(content(&router.chat(json!({})).await), "new");
+}
+
+#[tokio::test]
 async fn what_waits_moves_to_a_worker_that_is_ready_again() {
     let mut busy = Mock::gated(Script::answer("ab")).await;
     let mut idle = Mock::gated(Script::answer("ab")).await;
