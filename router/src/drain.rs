@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use shoal_proto::{
     admin::DrainResponse,
-    worker::{self, UndrainRequest, worker_client::WorkerClient},
+    worker::{self, DescribeRequest, UndrainRequest, WorkerState, worker_client::WorkerClient},
 };
 use tokio::time::{Instant, sleep, timeout};
 use tonic::{Status, transport::Channel};
@@ -17,7 +17,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(50);
 
 /// Has the group take nothing new. Unfinished sequences are given up after `deadline`, where
-/// there is one. With `wait`, returns when nothing is left or the group is gone.
+/// there is one. With `wait`, returns when nothing is left or the group is gone, and fails when
+/// somebody has it take sequences again.
 pub(crate) async fn drain(
     cluster: &Cluster,
     group: &str,
@@ -25,28 +26,42 @@ pub(crate) async fn drain(
     wait: bool,
 ) -> Result<DrainResponse, RequestError> {
     let worker = find(cluster, group)?;
-    let end = deadline.map(|deadline| Instant::now() + deadline);
-    let mut client = client(&worker)?;
-    loop {
-        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-        let deadline_ms = left.map_or(0, |left| {
-            u32::try_from(left.as_millis()).unwrap_or(u32::MAX).max(1)
-        });
-        // Idempotent: it tells how much is left.
-        let answer = call(group, client.drain(worker::DrainRequest { deadline_ms })).await;
-        let left = match answer {
-            // Gone is drained, for whoever waits.
-            Err(_) if wait && worker.connected().is_none() => return Ok(DrainResponse::default()),
-            answer => answer?,
-        };
-        if !wait || left.running + left.waiting == 0 {
-            return Ok(DrainResponse {
-                running: left.running,
-                waiting: left.waiting,
-            });
-        }
+    let deadline_ms = deadline.map_or(0, |deadline| {
+        u32::try_from(deadline.as_millis())
+            .unwrap_or(u32::MAX)
+            .max(1)
+    });
+    let request = worker::DrainRequest { deadline_ms };
+    let left = call(group, client(&worker)?.drain(request)).await?;
+    let begun = Instant::now();
+    let mut left = DrainResponse {
+        running: left.running,
+        waiting: left.waiting,
+    };
+    while wait && left.running + left.waiting > 0 {
         sleep(POLL).await;
+        // Gone is drained, for whoever waits.
+        let Some(connected) = worker.connected() else {
+            return Ok(DrainResponse::default());
+        };
+        // Asked for, since the session may tell of a change later than the worker answers. Drained
+        // once more, it would take back what somebody undrained.
+        let mut client = connected.client();
+        match call(group, client.describe(DescribeRequest {})).await {
+            Ok(now) if now.state() == WorkerState::Draining => {}
+            Ok(_) => {
+                let group = group.to_owned();
+                return Err(RequestError::Undrained { group });
+            }
+            Err(_) if worker.connected().is_none() => return Ok(DrainResponse::default()),
+            Err(error) => return Err(error),
+        }
+        if let Some(load) = connected.load_since(begun) {
+            left.running = load.running;
+            left.waiting = load.waiting;
+        }
     }
+    Ok(left)
 }
 
 /// Has the group take sequences again.

@@ -103,6 +103,8 @@ pub(crate) enum RequestError {
     GroupNotFound { group: String },
     #[error("group {group:?} cannot be told: {reason}")]
     GroupUnreachable { group: String, reason: String },
+    #[error("group {group:?} was undrained meanwhile")]
+    Undrained { group: String },
     #[error(transparent)]
     Erase(#[from] EraseError),
     #[error("the queue is full, or longer than the deadline allows")]
@@ -177,6 +179,7 @@ impl RequestError {
             Self::Forbidden(_) => "router_key_needed",
             Self::GroupNotFound { .. } => "group_not_found",
             Self::GroupUnreachable { .. } => "group_unreachable",
+            Self::Undrained { .. } => "group_undrained",
             Self::Erase(EraseError::Full(_)) => "too_many_erasures",
             Self::Erase(EraseError::Unheard) => "erasure_unheard",
             Self::QueueFull { .. } => "queue_full",
@@ -243,6 +246,7 @@ impl RequestError {
         match self {
             Self::Unsupported { .. } => Code::Unimplemented,
             Self::ModelNotFound { .. } | Self::GroupNotFound { .. } => Code::NotFound,
+            Self::Undrained { .. } => Code::Aborted,
             Self::Forbidden(_) => Code::PermissionDenied,
             Self::Unauthenticated => Code::Unauthenticated,
             Self::Deadline => Code::DeadlineExceeded,

@@ -8,7 +8,7 @@ use std::sync::{
 use arc_swap::{ArcSwap, ArcSwapOption};
 use shoal_fabric::membership::Member;
 use shoal_proto::worker::{Load, WorkerState, worker_client::WorkerClient};
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
@@ -27,6 +27,8 @@ use crate::{
 struct Report {
     load: Load,
     placed: Placed,
+    /// `None` until there is one.
+    at: Option<Instant>,
 }
 
 /// An open session to a worker.
@@ -93,12 +95,19 @@ impl Connected {
 
     pub(crate) fn set_load(&self, load: Load) {
         let placed = self.session.placed();
-        self.report.store(Arc::new(Report { load, placed }));
+        let at = Some(Instant::now());
+        self.report.store(Arc::new(Report { load, placed, at }));
     }
 
     /// As the worker said last.
     pub(crate) fn load(&self) -> Load {
         self.report.load().load
+    }
+
+    /// The same, if it was said after that time.
+    pub(crate) fn load_since(&self, time: Instant) -> Option<Load> {
+        let report = self.report.load();
+        report.at.filter(|at| *at > time).map(|_| report.load)
     }
 
     /// As a candidate for a sequence of which `cached` tokens need no prefill here.

@@ -135,6 +135,36 @@ async fn a_drain_waits_for_what_runs_and_is_undone() {
 }
 
 #[tokio::test]
+async fn an_undrain_ends_a_drain_that_waits() {
+    let mock = Mock::gated(Script::answer("abc")).await;
+    let (router, _) = local(vec![member("a", &mock)]).await;
+    let begin = async {
+        mock.live(1).await;
+        mock.step(1);
+    };
+    let (events, ()) = tokio::join!(router.stream(json!({})), begin);
+    let mut admin = admin(&router).await;
+    let waits = tokio::spawn({
+        let mut admin = admin.clone();
+        let request = DrainRequest {
+            group: "a".into(),
+            deadline_ms: 0,
+            wait: true,
+        };
+        async move { admin.drain(request).await }
+    });
+    status(&router, |s| state(s, "a") == Some(State::Draining)).await;
+    let undrain = UndrainRequest { group: "a".into() };
+    admin.undrain(undrain).await.unwrap();
+    let waits = tokio::time::timeout(std::time::Duration::from_secs(30), waits);
+    let undrained = waits.await.expect("it waits on").unwrap();
+    assert_eq!(undrained.unwrap_err().code(), Code::Aborted);
+    router.becomes(ServingStatus::Serving).await;
+    mock.step(10);
+    assert_eq!(joined(&events.rest().await, 0), "abc");
+}
+
+#[tokio::test]
 async fn groups_that_are_not_there_are_told_apart() {
     let mock = Mock::start(Script::answer("x")).await;
     let gone = Mock::start(Script::answer("x")).await;
