@@ -18,11 +18,12 @@ use tokio::{
     sync::mpsc,
     time::{Instant, MissedTickBehavior, interval, timeout},
 };
-use tonic::{Code, Status, Streaming, transport::Channel};
+use tonic::{Code, Streaming, transport::Channel};
 
 use crate::{
     cluster::{Cluster, LinkConfig},
     model::{BundleError, BundleHash, Model, TextModel},
+    pages::Gap,
     request::LONG_TEXT,
     session::Session,
     watchdog::{Suspicion, Watchdog},
@@ -84,14 +85,12 @@ pub(crate) async fn keep(cluster: Arc<Cluster>, worker: Arc<Worker>, config: Lin
     let mut failing = false;
     loop {
         let started = Instant::now();
-        let end = link.once().await;
+        let Err(error) = link.once().await;
         let was_up = link.cluster.disconnect(&link.worker);
-        match end {
-            Err(error) if was_up || !failing => {
-                tracing::warn!(worker = %link.worker.address, %error, "no link to the worker");
-            }
-            Err(error) => tracing::debug!(worker = %link.worker.address, %error, "still no link"),
-            Ok(()) => {}
+        if was_up || !failing {
+            tracing::warn!(worker = %link.worker.address, %error, "no link to the worker");
+        } else {
+            tracing::debug!(worker = %link.worker.address, %error, "still no link");
         }
         failing = true;
         if link.cluster.forget(&link.worker) {
@@ -119,7 +118,7 @@ impl Drop for Link {
 
 impl Link {
     /// One connection, from its first call to its loss.
-    async fn once(&self) -> Result<(), LinkError> {
+    async fn once(&self) -> Result<Infallible, LinkError> {
         let channel = net::channel(&self.worker.member().address, &self.config.client)?;
         let mut client = WorkerClient::new(channel).max_decoding_message_size(MAX_FRAME);
         let description = timeout(CALL_TIMEOUT, client.describe(DescribeRequest {})).await??;
@@ -150,7 +149,7 @@ impl Link {
         self.cluster.connect(&self.worker, connected.clone());
         let end = tokio::select! {
             end = self.read(&connected, frames.into_inner()) => end,
-            () = self.follow(&connected, client.clone()) => Ok(()),
+            end = self.follow(&connected, client.clone()) => end,
             never = self.feed(client, &model) => match never {},
         };
         if connected.session.placed().sequences > 0 {
@@ -209,7 +208,7 @@ impl Link {
         &self,
         connected: &Arc<Connected>,
         mut frames: Streaming<WorkerFrame>,
-    ) -> Result<(), LinkError> {
+    ) -> Result<Infallible, LinkError> {
         let mut dog = Watchdog::new(self.config.silence, self.config.stall);
         let mut look = interval(dog.interval());
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -304,15 +303,23 @@ impl Link {
         Ok(())
     }
 
-    /// Keeps the index of the worker's prefix cache; ends with the future.
-    async fn follow(&self, connected: &Connected, mut client: WorkerClient<Channel>) {
+    /// Keeps the index of the worker's prefix cache, for as long as that is the worker described.
+    async fn follow(
+        &self,
+        connected: &Connected,
+        mut client: WorkerClient<Channel>,
+    ) -> Result<Infallible, LinkError> {
         loop {
-            if let Err(status) = follow_once(connected, &mut client).await {
-                if status.code() == Code::Unimplemented {
+            match follow_once(connected, &mut client).await {
+                Err(LinkError::Restarted) => return Err(LinkError::Restarted),
+                Err(LinkError::Status(status)) if status.code() == Code::Unimplemented => {
                     // Placement goes without.
-                    std::future::pending::<()>().await;
+                    return std::future::pending().await;
                 }
-                tracing::debug!(worker = %self.worker.address, %status, "bulk stream lost");
+                Err(error) => {
+                    tracing::debug!(worker = %self.worker.address, %error, "bulk stream lost");
+                }
+                Ok(()) => {}
             }
             tokio::time::sleep(LONGEST_BACKOFF).await;
         }
@@ -323,7 +330,7 @@ impl Link {
 async fn follow_once(
     connected: &Connected,
     client: &mut WorkerClient<Channel>,
-) -> Result<(), Status> {
+) -> Result<(), LinkError> {
     let (ask, mut asked) = mpsc::channel(1);
     let follow = || BulkRequest {
         request: Some(bulk_request::Request::FollowPages(FollowPages {})),
@@ -336,12 +343,17 @@ async fn follow_once(
     };
     let mut frames = client.bulk(requests).await?.into_inner();
     while let Some(frame) = frames.message().await? {
-        if let Some(bulk_frame::Frame::Pages(batch)) = frame.frame
-            && let Err(gap) = connected.pages.apply(&batch)
-        {
-            tracing::debug!(%gap, "a snapshot is asked for");
-            // Where one is asked for already, it will do.
-            let _ = ask.try_send(follow());
+        let Some(bulk_frame::Frame::Pages(batch)) = frame.frame else {
+            continue;
+        };
+        match connected.pages.apply(&batch) {
+            Ok(()) => {}
+            Err(gap @ Gap::Lost) => {
+                tracing::debug!(%gap, "a snapshot is asked for");
+                // Where one is asked for already, it will do.
+                let _ = ask.try_send(follow());
+            }
+            Err(Gap::Foreign) => return Err(LinkError::Restarted),
         }
     }
     Ok(())

@@ -15,10 +15,16 @@ use shoal_proto::worker::{PageBatch, page_event::Event};
 /// Most pages of one worker that are kept; those beyond it count as not cached.
 const MOST_PAGES: usize = 1 << 20;
 
-/// Changes were lost, or come from another start of the worker: a snapshot is needed.
+/// Why a batch does not follow what is known.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("changes of the prefix cache were lost")]
-pub(crate) struct Gap;
+pub(crate) enum Gap {
+    /// A snapshot heals it.
+    #[error("changes of the prefix cache were lost")]
+    Lost,
+    /// No snapshot does: they would all be of that start.
+    #[error("the prefix cache is that of another start of the worker")]
+    Foreign,
+}
 
 /// The index of one session's worker. Its end is the end of the session.
 #[derive(Debug)]
@@ -59,7 +65,7 @@ impl PageIndex {
         let state = &mut *state;
         if batch.epoch != self.epoch {
             state.next = None;
-            return Err(Gap);
+            return Err(Gap::Foreign);
         }
         if batch.snapshot_begin {
             state.snapshot = Some(HashSet::new());
@@ -68,7 +74,7 @@ impl PageIndex {
         let pages = match (&mut state.snapshot, &mut state.next) {
             (Some(snapshot), _) => snapshot,
             (None, Some(next)) if *next == batch.seq => &mut state.cached,
-            (None, next) => return next.take().map_or(Ok(()), |_| Err(Gap)),
+            (None, next) => return next.take().map_or(Ok(()), |_| Err(Gap::Lost)),
         };
         for event in batch.events.iter().filter_map(|event| event.event.as_ref()) {
             let (Event::Stored(bytes) | Event::Removed(bytes)) = event;
@@ -224,7 +230,7 @@ mod tests {
         );
         assert!(!index.is_exact());
         index.apply(&snapshot(5, &[1])).unwrap();
-        assert_eq!(index.apply(&live(7, &[(true, &[2])])), Err(Gap));
+        assert_eq!(index.apply(&live(7, &[(true, &[2])])), Err(Gap::Lost));
         assert_eq!(index.apply(&live(8, &[(true, &[3])])), Ok(()));
         assert!(!index.is_exact());
         assert_eq!(
@@ -239,12 +245,12 @@ mod tests {
     }
 
     #[test]
-    fn another_epoch_is_a_gap() {
+    fn another_epoch_is_foreign() {
         let index = index();
         index.apply(&snapshot(0, &[1])).unwrap();
         let mut foreign = live(0, &[(true, &[2])]);
         foreign.epoch += 1;
-        assert_eq!(index.apply(&foreign), Err(Gap));
+        assert_eq!(index.apply(&foreign), Err(Gap::Foreign));
         assert!(!index.is_exact());
     }
 

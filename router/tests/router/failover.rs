@@ -6,6 +6,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::{
     mock::{Mock, Script, tokens},
+    operate::status,
     support::{Router, args, content, joined},
 };
 
@@ -182,6 +183,21 @@ async fn a_worker_that_is_another_by_now_is_described_anew() {
     assert_eq!(content(&router.chat(json!({})).await), TEXT);
     let (first, second) = (mock.submitted().await, mock.submitted().await);
     assert_eq!((first.epoch, second.epoch), (stale, stale + 1));
+}
+
+#[tokio::test]
+async fn a_prefix_cache_of_another_start_has_the_worker_described_anew() {
+    let script = Script {
+        pages: true,
+        ..Script::answer(TEXT)
+    };
+    let mut mock = Mock::start(script).await;
+    let router = Router::ready(&[&mock]).await;
+    // As if it had started anew between its description and the session.
+    let stale = mock.renew();
+    status(&router, |s| s.groups[0].epoch == stale + 1).await;
+    assert_eq!(content(&router.chat(json!({})).await), TEXT);
+    assert_eq!(mock.submitted().await.epoch, stale + 1);
 }
 
 #[tokio::test]

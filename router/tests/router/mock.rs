@@ -38,6 +38,8 @@ pub(crate) struct Script {
     pub(crate) model: String,
     /// It is a draft worker.
     pub(crate) drafts: bool,
+    /// It tells of its prefix cache, which is empty; else it is an older worker.
+    pub(crate) pages: bool,
     /// The answer, whoever asks; after it comes the end token.
     pub(crate) answer: Vec<u8>,
     /// Tokens per sequence and step.
@@ -62,6 +64,7 @@ impl Script {
         Self {
             model: MODEL.into(),
             drafts: false,
+            pages: false,
             answer: text.as_bytes().to_vec(),
             per_step: 1,
             break_at: None,
@@ -97,7 +100,7 @@ struct Shared {
     live: watch::Sender<usize>,
     state: watch::Sender<WorkerState>,
     breaks: watch::Sender<u64>,
-    epoch: Mutex<u64>,
+    epoch: watch::Sender<u64>,
     /// Sequences that other routers run here.
     elsewhere: AtomicU32,
     /// Steps for other routers.
@@ -150,7 +153,7 @@ impl Mock {
             live: watch::Sender::new(0),
             state: watch::Sender::new(WorkerState::Ready),
             breaks: watch::Sender::default(),
-            epoch: Mutex::new(1),
+            epoch: watch::Sender::new(1),
             elsewhere: AtomicU32::new(0),
             steps_elsewhere: AtomicU64::new(0),
         });
@@ -200,14 +203,13 @@ impl Mock {
 
     /// Has another epoch from now on; the one before.
     pub(crate) fn renew(&self) -> u64 {
-        let mut epoch = self.shared.epoch.lock().unwrap();
-        *epoch += 1;
-        *epoch - 1
+        self.shared.epoch.send_modify(|epoch| *epoch += 1);
+        *self.shared.epoch.borrow() - 1
     }
 
     /// Breaks every session, as a crash does; the next one finds a new epoch.
     pub(crate) fn crash(&self) {
-        *self.shared.epoch.lock().unwrap() += 1;
+        self.renew();
         self.shared.breaks.send_modify(|n| *n += 1);
     }
 

@@ -42,7 +42,10 @@ async fn admin(router: &Router) -> AdminClient<Channel> {
 }
 
 /// Waits for the status to be so.
-async fn status(router: &Router, so: impl Fn(&GetStatusResponse) -> bool) -> GetStatusResponse {
+pub(crate) async fn status(
+    router: &Router,
+    so: impl Fn(&GetStatusResponse) -> bool,
+) -> GetStatusResponse {
     let mut admin = admin(router).await;
     let wait = async {
         loop {

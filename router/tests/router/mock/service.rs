@@ -8,8 +8,9 @@ use shoal_proto::{
     PROTOCOL_VERSION,
     worker::{
         BulkFrame, BulkRequest, Chunk, CorpusPosition, CorpusRecord, DescribeRequest, DrainRequest,
-        DrainResponse, FetchTokenizerRequest, ModelDescription, RouterFrame, UndrainRequest,
-        UndrainResponse, WorkerFrame, WorkerState, worker_server::Worker,
+        DrainResponse, FetchTokenizerRequest, ModelDescription, PageBatch, RouterFrame,
+        UndrainRequest, UndrainResponse, WorkerFrame, WorkerState, bulk_frame,
+        worker_server::Worker,
     },
 };
 use tokio::sync::mpsc;
@@ -52,7 +53,7 @@ impl Worker for Service {
             vocab_size: bundle().tokens.len() as u32,
             tokenizer_sha256: tokenizer_sha256(),
             numerics_id: b"mock".to_vec(),
-            epoch: *self.0.epoch.lock().unwrap(),
+            epoch: *self.0.epoch.borrow(),
             drafts: script.drafts,
             state: *self.0.state.borrow() as i32,
             ..ModelDescription::default()
@@ -100,9 +101,32 @@ impl Worker for Service {
 
     async fn bulk(
         &self,
-        _: Request<Streaming<BulkRequest>>,
+        request: Request<Streaming<BulkRequest>>,
     ) -> Result<Response<Self::BulkStream>, Status> {
-        Err(Status::unimplemented("as an older worker"))
+        if !self.0.script.lock().unwrap().pages {
+            return Err(Status::unimplemented("as an older worker"));
+        }
+        let (mut asked, mut epoch) = (request.into_inner(), self.0.epoch.subscribe());
+        // A snapshot whenever one is asked for, and at a new start.
+        let frames = async_stream::stream! {
+            loop {
+                tokio::select! {
+                    asked = asked.message() => if !matches!(asked, Ok(Some(_))) {
+                        return;
+                    },
+                    _ = epoch.changed() => {}
+                }
+                let pages = PageBatch {
+                    epoch: *epoch.borrow_and_update(),
+                    snapshot_begin: true,
+                    snapshot_end: true,
+                    ..PageBatch::default()
+                };
+                let frame = Some(bulk_frame::Frame::Pages(pages));
+                yield Ok(BulkFrame { frame });
+            }
+        };
+        Ok(Response::new(frames.boxed()))
     }
 
     async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
