@@ -176,7 +176,7 @@ impl Ledger {
             },
         });
         self.append(record.clone());
-        self.share(&record, now);
+        self.share(&record);
         self.trim(now);
     }
 
@@ -290,9 +290,11 @@ impl Ledger {
             .retain(|_, shared| shared.tenant != whose.tenant);
         self.census.clear();
         let logs = std::iter::once(&self.own).chain(self.others.values());
-        let records: Vec<_> = logs.flat_map(Log::iter).cloned().collect();
+        let mut records: Vec<_> = logs.flat_map(Log::iter).cloned().collect();
+        // What is shared is as old as the answer that made it common.
+        records.sort_by_key(|record| record.made);
         for record in records {
-            self.share(&record, now);
+            self.share(&record);
         }
         self.trim(now);
     }
@@ -333,8 +335,9 @@ impl Ledger {
 
     /// Tells a follower that begins anew of every public text.
     pub fn retell_public(&mut self, now: Instant) {
-        let first = self.own.front().map_or(now, |record| record.made);
-        self.retell(|told| told.is_none_or(|told| told < first), now);
+        let lost = self.own.lost;
+        let is_lost = |told| lost.is_some_and(|lost| told <= lost);
+        self.retell(|told| told.is_none_or(is_lost), now);
     }
 
     /// Tells again of the public texts that were last told at such a time.
@@ -377,14 +380,14 @@ impl Ledger {
         scope: DraftScope,
         whose: Option<Whose>,
         event: Event,
-        now: Instant,
+        made: Instant,
     ) {
         let record = Arc::new(Record {
             stamp: self.stamp(),
             owner: owner.clone(),
             scope,
             whose,
-            made: now,
+            made,
             event,
         });
         self.append(record);
@@ -410,8 +413,8 @@ impl Ledger {
     }
 
     /// Counts an answer's runs, and shares the stretches that enough users have in common and
-    /// that are not shared yet.
-    fn share(&mut self, record: &Record, now: Instant) {
+    /// that are not shared yet: for as long as the answer itself drafts.
+    fn share(&mut self, record: &Record) {
         let (Event::Answer { tokens, secrets }, Some(whose)) = (&record.event, record.whose) else {
             return;
         };
@@ -447,9 +450,9 @@ impl Ledger {
                 tenant: whose.tenant,
                 corpus: Corpus::new(SHARED_TOKENS),
             });
-            shared.corpus.push(&text, now);
+            shared.corpus.push(&text, record.made);
             let event = Event::Shared(text);
-            self.tell(&record.owner, tenant, Some(of_all), event, now);
+            self.tell(&record.owner, tenant, Some(of_all), event, record.made);
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::record::Record;
 
@@ -11,6 +12,9 @@ use crate::record::Record;
 pub(crate) struct Log {
     /// The first offset that is not known.
     pub(crate) next: u64,
+    /// When the newest of the records was made that went for their age or for want of room. One
+    /// may be older than those before it.
+    pub(crate) lost: Option<Instant>,
     records: VecDeque<Arc<Record>>,
 }
 
@@ -35,7 +39,9 @@ impl Log {
     }
 
     pub(crate) fn pop_front(&mut self) -> Option<Arc<Record>> {
-        self.records.pop_front()
+        let gone = self.records.pop_front();
+        self.lost = self.lost.max(gone.as_ref().map(|record| record.made));
+        gone
     }
 
     /// Lets go of the records that are not wanted; gives the tokens that they had.

@@ -102,7 +102,7 @@ impl Ledger {
         }
         self.tokens += record.tokens().len();
         self.log(record.stamp.origin).push(record.clone());
-        self.share(&record, now);
+        self.share(&record);
     }
 
     /// Whoever hears of an erasure says so in its own log: what it wrote before is void.

@@ -188,6 +188,55 @@ fn erased_users_leave_nothing_behind() {
     );
 }
 
+/// When the texts were made that are shared.
+fn shared(ledger: &Ledger) -> Vec<Instant> {
+    let entries = told(ledger, "m").into_iter();
+    let shared = entries.filter_map(|entry| match entry {
+        Entry::Text(record) => matches!(record.event, Event::Shared(_)).then_some(record.made),
+        _ => None,
+    });
+    shared.collect()
+}
+
+#[test]
+fn an_erasure_does_not_renew_what_the_others_share() {
+    let mut ledger = Ledger::new(config(2), 1);
+    let start = Instant::now();
+    let minutes = |n: u32| start + n * HOUR / 60;
+    for (user, at) in [("a", 0), ("b", 1), ("c", 2)] {
+        ledger.learn(answer("acme", user, &text(100, 30)), minutes(at));
+    }
+    assert_eq!(shared(&ledger), [minutes(1)]);
+    let erased = ledger.erase(whose("acme", Some("a")), minutes(59));
+    assert!(erased.is_ok());
+    assert_eq!(shared(&ledger), [minutes(2)]);
+    ledger.trim(minutes(63));
+    assert!(ledger.shared.is_empty() && shared(&ledger).is_empty());
+}
+
+#[test]
+fn public_text_that_is_lost_behind_an_older_one_is_told_again() {
+    let mut ledger = small(4000);
+    let start = Instant::now();
+    let minutes = |n: u32| start + n * HOUR / 60;
+    for user in ["a", "b", "c", "d"] {
+        ledger.learn(answer("acme", user, &text(100, 30)), start);
+    }
+    let faq = text(900, 20).into();
+    let loaded = ledger.load(owner("acme"), "faq".into(), faq, minutes(10));
+    assert_eq!(loaded, Ok(()));
+    assert!(ledger.erase(whose("acme", Some("a")), minutes(20)).is_ok());
+    let is_shared = |record: &Record| matches!(record.event, Event::Shared(_));
+    let mut answers = (10_000..).step_by(100).map(|first| text(first, 10));
+    while !ledger.own.front().is_some_and(|record| is_shared(record)) {
+        let tokens = answers.next().unwrap();
+        ledger.learn(answer("acme", "x", &tokens), minutes(30));
+    }
+    assert_eq!(drafted(&worker(&ledger), "acme", "x", &text(900, 20)), 0);
+    ledger.retell_public(minutes(31));
+    assert_eq!(drafted(&worker(&ledger), "acme", "x", &text(900, 20)), 12);
+}
+
 #[test]
 fn public_text_is_loaded_replaced_listed_and_dropped() {
     let config = LedgerConfig {

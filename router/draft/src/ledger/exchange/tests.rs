@@ -6,7 +6,7 @@ use shoal_core::{DraftScope, Subject, TokenId};
 
 use super::*;
 use crate::ledger::{LedgerConfig, MOST_ERASURES};
-use crate::record::{Answer, Owner, Whose};
+use crate::record::{Answer, Event, Owner, Whose};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const USERS: [&str; 3] = ["a", "b", "c"];
@@ -84,7 +84,7 @@ fn known(ledger: &Ledger) -> Known {
         .flat_map(Log::iter)
         .filter(|record| record.is_answer());
     let shared = ledger.own.iter().filter_map(|record| match &record.event {
-        crate::record::Event::Shared(tokens) => Some(tokens.windows(8).map(<[u32]>::to_vec)),
+        Event::Shared(tokens) => Some(tokens.windows(8).map(<[u32]>::to_vec)),
         _ => None,
     });
     let listed = ledger.list("acme").into_iter();
@@ -107,6 +107,18 @@ fn users_are_counted_over_all_routers() {
     follow(&two, &mut one, 1000);
     assert_eq!(known(&one), known(&two));
     assert_eq!(known(&one).shared.len(), 13);
+}
+
+#[test]
+fn what_is_shared_late_is_as_old_as_its_answer() {
+    let (mut one, mut two) = (ledger(1), ledger(2));
+    learn(&mut one, "a", &text(100));
+    learn(&mut two, "b", &text(100));
+    let made = one.own.front().unwrap().made;
+    let entries = one.exchange(&mut two.positions(), true, 1000);
+    two.take(entries, made + HOUR / 2);
+    let is_shared = |record: &&Arc<Record>| matches!(record.event, Event::Shared(_));
+    assert_eq!(two.own.iter().find(is_shared).unwrap().made, made);
 }
 
 #[test]
