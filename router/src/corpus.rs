@@ -144,7 +144,8 @@ impl Corpora {
     pub(crate) async fn erase(self: Arc<Self>, whose: Whose) -> Result<(), EraseError> {
         let mut changes = self.changes.subscribe();
         let books = self.clone();
-        // All answers are counted anew.
+        // The answers of all tenants are counted anew under the lock. Where the books are full, that
+        // takes about a second, in which threads of the runtime wait for them, too.
         let erase = move || books.change(|ledger, now| ledger.erase(whose, now));
         let erased = tokio::task::spawn_blocking(erase).await;
         let id: Stamp = erased.map_err(|_| EraseError::Unheard)??;
