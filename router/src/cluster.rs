@@ -258,6 +258,25 @@ impl Cluster {
         }
     }
 
+    /// The same; where no worker says which one is meant, it waits for one.
+    pub(crate) async fn await_model(
+        &self,
+        name: &str,
+        give_up: Instant,
+    ) -> Result<Arc<Model>, RequestError> {
+        let mut changes = self.watch();
+        loop {
+            match self.model(name) {
+                Err(RequestError::NoWorker) => {}
+                known => return known,
+            }
+            let change = timeout_at(give_up, changes.changed()).await;
+            change
+                .map_err(|_| RequestError::NoWorker)?
+                .map_err(|_| RequestError::Draining)?;
+        }
+    }
+
     /// A model as the most ready workers of its name have its tokens, with the longest context
     /// of them; as the newest has it where none is ready.
     fn served(&self, newest: &Arc<Model>) -> Arc<Model> {
@@ -279,25 +298,6 @@ impl Cluster {
         };
         let served = models.iter().copied().max_by_key(rank);
         served.unwrap_or(newest).clone()
-    }
-
-    /// The same; where no worker says which one is meant, it waits for one.
-    pub(crate) async fn await_model(
-        &self,
-        name: &str,
-        give_up: Instant,
-    ) -> Result<Arc<Model>, RequestError> {
-        let mut changes = self.watch();
-        loop {
-            match self.model(name) {
-                Err(RequestError::NoWorker) => {}
-                known => return known,
-            }
-            let change = timeout_at(give_up, changes.changed()).await;
-            change
-                .map_err(|_| RequestError::NoWorker)?
-                .map_err(|_| RequestError::Draining)?;
-        }
     }
 
     /// Unix seconds at which a model of that name came up first.
