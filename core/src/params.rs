@@ -178,7 +178,6 @@ mod tests {
             min_tokens,
             max_tokens: 1,
             stop_tokens: (0..tokens).collect(),
-            ..Stopping::default()
         };
         assert_eq!(stopping(1, 9).validate(10), Ok(()));
         assert_eq!(stopping(0, 10).validate(10), Ok(()));

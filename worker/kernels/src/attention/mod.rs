@@ -29,7 +29,7 @@ pub(crate) use store::{append_key, append_value};
 use crate::Isa;
 use crate::bf16::{dispatch_pairs, pairs};
 use crate::lines::Lines;
-use crate::simd::{LANES, dispatch};
+use crate::simd::{LANES, Lanes, dispatch};
 
 /// Tokens in a page.
 pub const PAGE: usize = 32;
@@ -71,11 +71,12 @@ fn scale(isa: Isa, x: &mut [f32], by: f32) {
 }
 
 /// # Safety
-/// See [`Lanes`](crate::simd::Lanes).
+/// See [`Lanes`].
 #[inline(always)]
-unsafe fn scaled<L>(x: &mut [f32], by: f32) {
-    for x in x {
-        *x *= by;
+unsafe fn scaled<L: Lanes>(x: &mut [f32], by: f32) {
+    for x in x.as_chunks_mut::<LANES>().0 {
+        // SAFETY: the contract of this function, and sixteen numbers.
+        unsafe { L::load(x.as_ptr()).mul(L::splat(by)).store(x.as_mut_ptr()) };
     }
 }
 
