@@ -14,6 +14,7 @@ use shoal_engine::spec::ModelSpec;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
 use shoal_kernels::kv::KvType;
+use shoal_kernels::logits::{BLOCK, block_maxima};
 
 use crate::model::demo_model;
 
@@ -224,7 +225,18 @@ impl Backend for CpuGroup {
             let other = self.residuals.recv_timeout(PATIENCE).expect("every rank");
             assert!(bits(&other) == own, "a rank has another residual");
         }
+        let blocks = first.spec().vocab.div_ceil(BLOCK);
+        let rows = logits.chunks_exact(first.spec().vocab);
+        for (row, maxima) in rows.zip(first.maxima().chunks_exact(blocks)) {
+            let mut expected = vec![0.0; blocks];
+            block_maxima(Isa::detect(), row, &mut expected);
+            assert_eq!(maxima, expected, "what the ranks found");
+        }
         Ok(())
+    }
+
+    fn maxima(&self) -> &[f32] {
+        self.first().maxima()
     }
 }
 

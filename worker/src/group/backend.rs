@@ -131,4 +131,8 @@ impl Backend for GroupBackend {
         }
         result
     }
+
+    fn maxima(&self) -> &[f32] {
+        self.rank.maxima()
+    }
 }

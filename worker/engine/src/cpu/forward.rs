@@ -2,7 +2,8 @@
 
 use shoal_collective::{Collective, CollectiveError};
 use shoal_kernels::elementwise::{add, fill_rows, norm_quantize, place};
-use shoal_kernels::gemm::{self, Write, gated, multiply, multiply_into};
+use shoal_kernels::gemm::{self, Write, gated, multiply};
+use shoal_kernels::logits::BLOCK;
 use shoal_kernels::norm::rms_norm_in_place;
 use shoal_kernels::quant::Activations;
 use shoal_kernels::rope::{fill_table, rotate_halves, rotate_interleaved};
@@ -162,24 +163,30 @@ impl CpuBackend {
         );
         self.times.lap(Phase::Norm);
         let head = self.weights.linear(&self.weights.head);
-        let Some(group) = &mut self.group else {
-            gemm::logits(team, head, &s.head, rows, logits, &mut s.maxima);
-            self.times.lap(Phase::Head);
-            return Ok(());
-        };
-        if group.rank() > 0 {
-            let part = group.part(rows * head.n())?;
-            multiply(team, head, &s.head, rows, part, Write::Set);
+        if let Some(group) = self.group.as_mut().filter(|group| group.rank() > 0) {
+            // Logits, then the maxima of their blocks.
+            let (width, blocks) = (head.n(), head.n().div_ceil(BLOCK));
+            let part = group.part(rows * (width + blocks))?;
+            let (logits, maxima) = part.split_at_mut(rows * width);
+            let to = (logits, width);
+            gemm::logits(team, head, &s.head, rows, to, (maxima, blocks));
             group.gather()?;
             return Ok(());
         }
-        multiply_into(team, head, &s.head, rows, logits, spec.vocab, Write::Set);
+        let (width, blocks) = (spec.vocab, spec.vocab.div_ceil(BLOCK));
+        let to = (&mut *logits, width);
+        gemm::logits(team, head, &s.head, rows, to, (&mut s.maxima, blocks));
+        self.times.lap(Phase::Head);
+        let Some(group) = &mut self.group else {
+            return Ok(());
+        };
         group.part(0)?;
         let Some(parts) = group.gather()? else {
             return Ok(());
         };
         for (shard, part) in self.shards.shards().iter().zip(&*parts).skip(1) {
-            let (got, expected) = (part.len(), rows * shard.vocab.len());
+            let (vocab, of_blocks) = (shard.vocab.clone(), shard.vocab_blocks());
+            let (got, expected) = (part.len(), rows * (vocab.len() + of_blocks.len()));
             if got != expected {
                 return Err(CollectiveError::Mismatch {
                     rank: shard.rank,
@@ -187,7 +194,9 @@ impl CpuBackend {
                     expected,
                 });
             }
-            place(team, part, shard.vocab.clone(), logits, spec.vocab);
+            let (part, maxima) = part.split_at(rows * vocab.len());
+            place(team, part, vocab, logits, width);
+            place(team, maxima, of_blocks, &mut s.maxima, blocks);
         }
         Ok(())
     }

@@ -266,9 +266,10 @@ impl CpuBackend {
             max_logit_rows,
             ..
         } = self.options;
-        let vocab = self.shards.shards().iter().map(|shard| shard.vocab.len());
+        let shards = self.shards.shards().iter();
+        let logits = shards.map(|shard| shard.vocab.len() + shard.vocab_blocks().len());
         (max_rows * self.spec.d_model)
-            .max(max_logit_rows * vocab.max().unwrap_or(0))
+            .max(max_logit_rows * logits.max().unwrap_or(0))
             .max(words::most(max_rows, max_logit_rows, self.spec.context))
     }
 
@@ -425,10 +426,6 @@ impl Backend for CpuBackend {
     }
 
     fn maxima(&self) -> &[f32] {
-        match self.group {
-            None => &self.scratch.maxima,
-            // Logits of other ranks have none.
-            Some(_) => &[],
-        }
+        &self.scratch.maxima
     }
 }

@@ -5,8 +5,8 @@
 //! ranks than key-value heads, and where that makes their shares of query heads more even and
 //! nobody's keys and values more. The ranks of a step meet after attention and after the feed-
 //! forward layer, so what takes longer in one cannot be made up for in the other: feed-forward
-//! columns and vocabulary are split evenly, in whole blocks and strips, and what does not divide
-//! goes to the ranks with the fewest heads.
+//! columns and vocabulary are split evenly, in whole blocks, and what does not divide goes to the
+//! ranks with the fewest heads.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use shoal_collective::tcp::Payload;
 use shoal_collective::{MAX_RANKS, Pace};
 use shoal_core::Class;
-use shoal_kernels::pack::STRIP;
+use shoal_kernels::logits;
 use shoal_kernels::quant::BLOCK;
 
 use crate::spec::ModelSpec;
@@ -40,8 +40,15 @@ pub struct Shard {
     pub kv: Range<usize>,
     /// Columns of the feed-forward layer.
     pub ff: Range<usize>,
-    /// Rows of the embedding and of the head.
+    /// Rows of the embedding and of the head, whole blocks of logits.
     pub vocab: Range<usize>,
+}
+
+impl Shard {
+    /// The blocks of its logits.
+    pub(super) fn vocab_blocks(&self) -> Range<usize> {
+        self.vocab.start / logits::BLOCK..self.vocab.end.div_ceil(logits::BLOCK)
+    }
 }
 
 /// The shards of all ranks, a function of the model's shape and the number of ranks alone, and
@@ -113,12 +120,12 @@ impl ShardPlan {
     pub fn new(spec: &ModelSpec, world: usize) -> Result<Self, ShardError> {
         let group = spec.n_head / spec.n_kv_head;
         let blocks = spec.d_ff / BLOCK;
-        let strips = spec.vocab.div_ceil(STRIP);
+        let vocab_blocks = spec.vocab.div_ceil(logits::BLOCK);
         for (what, most) in [
             ("a group", MAX_RANKS),
             ("the query heads", spec.n_kv_head * group),
             ("the feed-forward layer", blocks),
-            ("the vocabulary", strips),
+            ("the vocabulary", vocab_blocks),
         ] {
             if !(1..=most).contains(&world) {
                 return Err(ShardError::TooMany { world, what, most });
@@ -128,14 +135,14 @@ impl ShardPlan {
         let mut fewest: Vec<usize> = (0..world).rev().collect();
         fewest.sort_by_key(|&rank| queries[rank].len());
         let ff = evenly(blocks, &fewest);
-        let vocab = evenly(strips, &fewest);
+        let vocab = evenly(vocab_blocks, &fewest);
         let times = |range: &Range<usize>, unit| range.start * unit..range.end * unit;
         let shards = queries.into_iter().enumerate().map(|(rank, q)| {
             let (heads, width) = (q.len(), spec.head_dim);
             if world > 1 && !(heads * width).is_multiple_of(BLOCK) {
                 return Err(ShardError::Heads { heads, width });
             }
-            let vocab = times(&vocab[rank], STRIP);
+            let vocab = times(&vocab[rank], logits::BLOCK);
             Ok(Shard {
                 rank,
                 kv: groups(&q, group),
@@ -463,7 +470,7 @@ mod tests {
         fn every_row_has_its_ranks(
             (kv, group, world) in (1usize..9, 1usize..9, 1usize..17),
             blocks in 16usize..200,
-            vocab in 256usize..5000,
+            vocab in 1024usize..5000,
         ) {
             let spec = ModelSpec {
                 n_head: kv * group,
@@ -484,6 +491,7 @@ mod tests {
                 ends = [shard.q.end, shard.ff.end, shard.vocab.end];
                 prop_assert!(!shard.q.is_empty() && !shard.ff.is_empty());
                 prop_assert!(!shard.vocab.is_empty());
+                prop_assert!(shard.vocab.start.is_multiple_of(logits::BLOCK));
                 // Each query head is beside its key-value head.
                 prop_assert_eq!(shard.q.start / group, shard.kv.start);
                 prop_assert_eq!((shard.q.end - 1) / group + 1, shard.kv.end);

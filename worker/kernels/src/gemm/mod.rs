@@ -155,35 +155,12 @@ pub fn multiply(
     out: &mut [f32],
     write: Write,
 ) {
-    multiply_into(team, linear, acts, rows, out, linear.n(), write);
+    let to = (out, linear.n(), write);
+    products(team, linear, acts, rows, to, 1, |_, _, _| {});
 }
 
-/// [`multiply`] with `stride` numbers between the first outputs of two rows.
-///
-/// # Panics
-/// As `multiply`, and when `stride` is less than n.
-pub fn multiply_into(
-    team: &mut Team,
-    linear: Linear<'_>,
-    acts: &Activations,
-    rows: usize,
-    out: &mut [f32],
-    stride: usize,
-    write: Write,
-) {
-    products(
-        team,
-        linear,
-        acts,
-        rows,
-        (out, stride, write),
-        1,
-        |_, _, _| {},
-    );
-}
-
-/// [`multiply`] for logits, with the greatest of each [`BLOCK`] of a row: that of block j of
-/// row i is `maxima[i * ceil(n / BLOCK) + j]`.
+/// [`multiply`] for logits, with the greatest of each [`BLOCK`] of a row: to `out`, whose rows are
+/// so many numbers apart, and to `maxima`, likewise.
 ///
 /// # Panics
 /// When the shapes or the precision do not fit, or the map is no single matrix.
@@ -192,12 +169,11 @@ pub fn logits(
     linear: Linear<'_>,
     acts: &Activations,
     rows: usize,
-    out: &mut [f32],
-    maxima: &mut [f32],
+    (out, width): (&mut [f32], usize),
+    (maxima, blocks): (&mut [f32], usize),
 ) {
-    let (width, isa) = (linear.n(), team.isa);
-    let blocks = width.div_ceil(BLOCK);
-    assert!(linear.parts.len() == 1 && out.len() >= rows * width);
+    let isa = team.isa;
+    assert!(linear.parts.len() == 1 && linear.n().div_ceil(BLOCK) <= blocks);
     assert!(maxima.len() >= rows * blocks);
     let maxima = Scatter::new(maxima);
     let to = (out, width, Write::Set);
