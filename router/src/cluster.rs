@@ -1,7 +1,6 @@
 //! The workers that this router knows, and what they serve.
 
 use std::{
-    collections::HashMap,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -283,15 +282,9 @@ impl Cluster {
         let ready = self.ready();
         let models = ready.iter().map(|r| &r.connected.model);
         let models: Vec<_> = models.filter(|m| m.name == newest.name).collect();
-        let mut workers: HashMap<&[u8], usize> = HashMap::new();
-        for model in &models {
-            let tokenizer = &*model.description.tokenizer_sha256;
-            *workers.entry(tokenizer).or_default() += 1;
-        }
         let rank = |model: &&Arc<Model>| {
-            let tokenizer = &*model.description.tokenizer_sha256;
             (
-                workers[tokenizer],
+                models.iter().filter(|m| m.shares_tokens(model)).count(),
                 model.shares_tokens(newest),
                 model.context(),
             )
