@@ -9,7 +9,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd_create};
+use rustix::fs::{
+    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
+};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::{CollectiveError, MAX_RANKS};
@@ -109,6 +111,10 @@ impl Segment {
     /// # Errors
     /// When it is none.
     pub fn open(file: impl AsFd) -> Result<Self, CollectiveError> {
+        // Memory that its maker can still take away would end this process when it is touched.
+        if !fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
+            return Err(CollectiveError::Segment);
+        }
         let size = fstat(&file).map_err(io::Error::from)?.st_size as usize;
         if size < slots_at(1) {
             return Err(CollectiveError::Segment);
@@ -128,7 +134,7 @@ impl Segment {
 
     fn map(file: impl AsFd, bytes: usize, world: usize, words: usize) -> io::Result<Self> {
         // SAFETY: a fresh mapping at an address of the kernel's choice. The file cannot shrink
-        // under it: `create` has sealed it.
+        // under it: `create` has sealed it, and `open` has seen the seal.
         let start = unsafe {
             mmap(
                 std::ptr::null_mut(),

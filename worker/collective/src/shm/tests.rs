@@ -1,4 +1,7 @@
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd_create};
+use rustix::io::{pread, pwrite};
 
 use super::*;
 
@@ -33,12 +36,33 @@ fn segments_have_a_size() {
     assert!(Segment::create(2, 1, usize::MAX / 2).is_err());
 }
 
+fn memory(bytes: u64) -> OwnedFd {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = memfd_create("other", flags).unwrap();
+    ftruncate(&file, bytes).unwrap();
+    file
+}
+
 #[test]
 fn other_memory_is_no_segment() {
-    let file = rustix::fs::memfd_create("other", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     for bytes in [0, 100, 4096, 1 << 20] {
-        rustix::fs::ftruncate(&file, bytes).unwrap();
-        let error = Segment::open(file.as_fd()).err().unwrap();
+        let file = memory(bytes);
+        fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+        let error = Segment::open(file).err().unwrap();
         assert!(matches!(error, CollectiveError::Segment));
     }
+}
+
+#[test]
+fn memory_that_may_shrink_is_no_segment() {
+    let (_segment, file) = Segment::create(2, 3, 1).unwrap();
+    let size = fstat(&file).unwrap().st_size as u64;
+    let copy = memory(size);
+    let mut bytes = vec![0; size as usize];
+    pread(&file, &mut bytes, 0).unwrap();
+    pwrite(&copy, &bytes, 0).unwrap();
+    let error = Segment::open(&copy).err().unwrap();
+    assert!(matches!(error, CollectiveError::Segment));
+    fcntl_add_seals(&copy, SealFlags::SHRINK).unwrap();
+    assert_eq!(Segment::open(&copy).unwrap().epoch(), 3);
 }

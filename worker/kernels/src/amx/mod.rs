@@ -31,8 +31,7 @@ pub(crate) use order::multiply as in_software;
 pub use state::{Lack, available, state};
 
 use crate::Isa;
-use crate::gemm::{Outputs, Write};
-use crate::simd::{LANES, Lanes};
+use crate::gemm::Outputs;
 
 /// Rows in a group, pairs in a block and outputs in a panel: the side of a tile in words.
 const SIDE: usize = 16;
@@ -88,31 +87,4 @@ pub(crate) unsafe fn multiply(isa: Isa, product: &Product<'_>) {
     }
     // SAFETY: as above.
     unsafe { order::multiply(isa, product) }
-}
-
-/// Writes `count` sums of a row.
-///
-/// # Safety
-/// As [`Lanes`]; `to` has room for `count` numbers, 16 at most.
-#[inline(always)]
-unsafe fn put<L: Lanes>(sums: L, count: usize, to: *mut f32, write: Write) {
-    // SAFETY: the contract of this function.
-    unsafe {
-        if count == LANES {
-            match write {
-                Write::Set => sums.store(to),
-                Write::Add => L::load(to).add(sums).store(to),
-            }
-            return;
-        }
-        let mut lanes = [0.0; LANES];
-        sums.store(lanes.as_mut_ptr());
-        for (i, &sum) in lanes[..count].iter().enumerate() {
-            let to = to.add(i);
-            match write {
-                Write::Set => *to = sum,
-                Write::Add => *to += sum,
-            }
-        }
-    }
 }

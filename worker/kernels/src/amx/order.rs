@@ -1,6 +1,6 @@
 //! Tile order in software: the same bits as the tile unit's, on every instruction set.
 
-use super::{Product, SIDE, TILE, put};
+use super::{Product, SIDE, TILE};
 use crate::Isa;
 use crate::simd::{Lanes, dispatch};
 
@@ -77,7 +77,7 @@ unsafe fn strip<L: Lanes, const M: usize>(
         let out = product.out;
         for (i, sums) in sums.into_iter().enumerate() {
             let to = out.start.add((row + i) * out.stride + panel * SIDE);
-            put(sums, product.width(panel), to, out.write);
+            out.write.put(sums, product.width(panel), to);
         }
     }
     M

@@ -1,6 +1,7 @@
 use super::*;
 use crate::Isa;
 use crate::bf16::bf16;
+use crate::gemm::Write;
 use crate::testing::{isas, random};
 
 /// Inputs of a product, with what was in the outputs before.

@@ -8,7 +8,7 @@
 use std::arch::asm;
 use std::ops::Range;
 
-use super::{Product, SIDE, TILE, put};
+use super::{Product, SIDE, TILE};
 use crate::Isa;
 use crate::gemm::Write;
 use crate::simd::{Lanes, dispatch};
@@ -121,7 +121,7 @@ unsafe fn add<L: Lanes>(from: &Sums, rows: Range<usize>, product: &Product<'_>) 
             unsafe {
                 let sums = L::load(sums.as_ptr().add(panel * SIDE));
                 let to = out.start.add(row * out.stride + panel * SIDE);
-                put(sums, product.width(panel), to, out.write);
+                out.write.put(sums, product.width(panel), to);
             }
         }
     }

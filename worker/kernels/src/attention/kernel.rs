@@ -9,7 +9,7 @@ use super::kept::{Bf16, Int8, Int16, Kept};
 use super::merge::{Softmax, add, divide};
 use super::weights::weights;
 use super::{
-    KvType, MAX_QUERIES, PAGE, Pages, Place, Query, SPAN, Scratch, longest, partial_width,
+    Keys, KvType, MAX_QUERIES, PAGE, Pages, Place, Query, SPAN, Scratch, longest, partial_width,
 };
 use crate::bf16::{Fused, Pairs};
 use crate::int16;
@@ -26,6 +26,7 @@ pub(super) const TILES: usize = PAGE / LANES;
 pub(super) unsafe fn whole<L: int16::Int16, P: Pairs<L>>(
     queries: &[Query<'_>],
     pages: Pages<'_>,
+    then: Keys,
     scratch: &mut Scratch,
     out: &mut [f32],
 ) {
@@ -36,10 +37,12 @@ pub(super) unsafe fn whole<L: int16::Int16, P: Pairs<L>>(
     }
     // SAFETY: the contract of this function.
     unsafe { spread::<L, P>(queries, pages.shape.kv, scratch) };
-    for index in 0..longest(queries).div_ceil(SPAN) {
+    let spans = 0..longest(queries).div_ceil(SPAN);
+    for index in spans.clone() {
         // SAFETY: the contract of this function.
         unsafe {
-            let softmax = any_span::<L, P>(queries, pages, index, scratch);
+            let of_span = (pages, index, pages.after(index, &spans, then));
+            let softmax = any_span::<L, P>(queries, of_span, scratch);
             let [old, new] = running.merge::<L>(&softmax, n);
             for (i, query) in queries.iter().enumerate() {
                 if query.len > index * SPAN {
@@ -60,8 +63,8 @@ pub(super) unsafe fn whole<L: int16::Int16, P: Pairs<L>>(
 #[inline(always)]
 pub(super) unsafe fn some<L: int16::Int16, P: Pairs<L>>(
     queries: &[Query<'_>],
-    pages: Pages<'_>,
-    spans: Range<usize>,
+    (pages, spans): (Pages<'_>, Range<usize>),
+    then: Keys,
     scratch: &mut Scratch,
     partials: &mut [f32],
 ) {
@@ -69,9 +72,10 @@ pub(super) unsafe fn some<L: int16::Int16, P: Pairs<L>>(
     let mut partials = partials.chunks_exact_mut(partial_width(hd));
     // SAFETY: the contract of this function.
     unsafe { spread::<L, P>(queries, pages.shape.kv, scratch) };
-    for index in spans {
+    for index in spans.clone() {
+        let of_span = (pages, index, pages.after(index, &spans, then));
         // SAFETY: the contract of this function.
-        let Softmax { max, sum } = unsafe { any_span::<L, P>(queries, pages, index, scratch) };
+        let Softmax { max, sum } = unsafe { any_span::<L, P>(queries, of_span, scratch) };
         let rows = scratch.span.chunks_exact(hd).zip(max.iter().zip(&sum));
         for ((o, (&max, &sum)), partial) in rows.zip(partials.by_ref().take(queries.len())) {
             partial[..hd].copy_from_slice(o);
@@ -128,22 +132,22 @@ unsafe fn spread_to<L: Lanes, K: Kept<L>>(queries: &[Query<'_>], scratch: &mut S
 #[inline(always)]
 unsafe fn any_span<L: int16::Int16, P: Pairs<L>>(
     queries: &[Query<'_>],
-    pages: Pages<'_>,
-    index: usize,
+    (pages, index, next): (Pages<'_>, usize, Keys),
     scratch: &mut Scratch,
 ) -> Softmax {
+    let of_span = (&pages.span(index), &next, index * SPAN);
     // SAFETY: the contract of this function.
     unsafe {
         match (pages.shape.kv, few(queries)) {
-            (KvType::Bf16, false) => span::<L, Bf16<P>>(queries, pages, index, scratch),
-            (KvType::Bf16, true) => span::<L, Bf16<Fused>>(queries, pages, index, scratch),
-            (KvType::Int16, _) => span::<L, Int16>(queries, pages, index, scratch),
-            (KvType::Int8, _) => span::<L, Int8>(queries, pages, index, scratch),
+            (KvType::Bf16, false) => span::<L, Bf16<P>>(queries, of_span, scratch),
+            (KvType::Bf16, true) => span::<L, Bf16<Fused>>(queries, of_span, scratch),
+            (KvType::Int16, _) => span::<L, Int16>(queries, of_span, scratch),
+            (KvType::Int8, _) => span::<L, Int8>(queries, of_span, scratch),
         }
     }
 }
 
-/// Attends to one span with the queries that were [spread], while memory is asked for the next;
+/// Attends to one span with the queries that were [spread], while memory is asked for the `next`;
 /// the weighted sums are in `scratch.span`. Queries that do not reach the span have no weights,
 /// and sums of no meaning.
 ///
@@ -152,19 +156,21 @@ unsafe fn any_span<L: int16::Int16, P: Pairs<L>>(
 #[inline(always)]
 unsafe fn span<L: Lanes, K: Kept<L>>(
     queries: &[Query<'_>],
-    pages: Pages<'_>,
-    index: usize,
+    (pages, next, start): (&Keys, &Keys, usize),
     scratch: &mut Scratch,
 ) -> Softmax {
-    let (n, hd, start) = (queries.len(), queries[0].head_dim(), index * SPAN);
-    let last = longest(queries).div_ceil(PAGE);
-    let page = |i: usize| pages.page((start / PAGE + i).min(last - 1));
-    let pages: [*const u32; SPAN / PAGE] = std::array::from_fn(page);
-    let next: [*const u32; SPAN / PAGE] = std::array::from_fn(|i| page(SPAN / PAGE + i));
-    let both = (&pages, &next);
+    let (n, hd) = (queries.len(), queries[0].head_dim());
     let mut lens = [0usize; MAX_QUERIES];
     for (len, query) in lens.iter_mut().zip(queries) {
         *len = query.len.saturating_sub(start).min(SPAN);
+    }
+    for (page, next) in pages.iter().zip(next) {
+        // The scales of these values and of the next keys.
+        for line in (0..PAGE).step_by(LANES) {
+            let scales = |half: *const u32| half.wrapping_add(K::TYPE.scales_at(hd) + line);
+            L::prefetch(scales(page.wrapping_add(K::TYPE.half_words(hd))).cast());
+            L::prefetch(scales(*next).cast());
+        }
     }
     let mut softmax = Softmax::NOTHING;
     // What the sums of a query's weighted values are to be multiplied with.
@@ -178,11 +184,11 @@ unsafe fn span<L: Lanes, K: Kept<L>>(
                 row(&mut scratch.scores, i, SPAN),
             );
             match n - i {
-                1 => scores::<L, K, 1, true>(q, &pages, lens, hd, s),
-                2 => scores::<L, K, 2, true>(q, &pages, lens, hd, s),
-                3 => scores::<L, K, 3, true>(q, &pages, lens, hd, s),
-                _ if i == 0 => scores::<L, K, ROWS, true>(q, &pages, lens, hd, s),
-                _ => scores::<L, K, ROWS, false>(q, &pages, lens, hd, s),
+                1 => scores::<L, K, 1, true>(q, pages, lens, hd, s),
+                2 => scores::<L, K, 2, true>(q, pages, lens, hd, s),
+                3 => scores::<L, K, 3, true>(q, pages, lens, hd, s),
+                _ if i == 0 => scores::<L, K, ROWS, true>(q, pages, lens, hd, s),
+                _ => scores::<L, K, ROWS, false>(q, pages, lens, hd, s),
             }
         }
         for i in (0..n).step_by(ROWS) {
@@ -193,10 +199,10 @@ unsafe fn span<L: Lanes, K: Kept<L>>(
             );
             let results = (&mut softmax, &mut factors, i);
             match n - i {
-                1 => weights::<L, K, 1>(s, of_rows, &pages, hd, w, results),
-                2 => weights::<L, K, 2>(s, of_rows, &pages, hd, w, results),
-                3 => weights::<L, K, 3>(s, of_rows, &pages, hd, w, results),
-                _ => weights::<L, K, ROWS>(s, of_rows, &pages, hd, w, results),
+                1 => weights::<L, K, 1>(s, of_rows, pages, hd, w, results),
+                2 => weights::<L, K, 2>(s, of_rows, pages, hd, w, results),
+                3 => weights::<L, K, 3>(s, of_rows, pages, hd, w, results),
+                _ => weights::<L, K, ROWS>(s, of_rows, pages, hd, w, results),
             }
         }
         for i in (0..n).step_by(ROWS) {
@@ -206,11 +212,11 @@ unsafe fn span<L: Lanes, K: Kept<L>>(
                 row(&mut scratch.span, i, hd),
             );
             match n - i {
-                1 => weighted::<L, K, 1, true>(w, both, of_rows, hd, o),
-                2 => weighted::<L, K, 2, true>(w, both, of_rows, hd, o),
-                3 => weighted::<L, K, 3, true>(w, both, of_rows, hd, o),
-                _ if i == 0 => weighted::<L, K, ROWS, true>(w, both, of_rows, hd, o),
-                _ => weighted::<L, K, ROWS, false>(w, both, of_rows, hd, o),
+                1 => weighted::<L, K, 1, true>(w, (pages, next), of_rows, hd, o),
+                2 => weighted::<L, K, 2, true>(w, (pages, next), of_rows, hd, o),
+                3 => weighted::<L, K, 3, true>(w, (pages, next), of_rows, hd, o),
+                _ if i == 0 => weighted::<L, K, ROWS, true>(w, (pages, next), of_rows, hd, o),
+                _ => weighted::<L, K, ROWS, false>(w, (pages, next), of_rows, hd, o),
             }
         }
     }
@@ -234,7 +240,7 @@ fn row<T>(matrix: &mut [T], i: usize, width: usize) -> *mut T {
 #[inline(always)]
 unsafe fn scores<L: Lanes, K: Kept<L>, const R: usize, const ASK: bool>(
     q: *const Place,
-    pages: &[*const u32; SPAN / PAGE],
+    pages: &Keys,
     lens: &[usize],
     hd: usize,
     out: *mut f32,
@@ -294,11 +300,11 @@ unsafe fn tiles_of<L: Lanes, K: Kept<L>, const R: usize, const T: usize, const A
 
 /// `out[r] = Σ w[r][t] v[t]` with what is kept of the values, over the pairs of tokens in ascending
 /// order. Tokens beyond a row's own length have weight zero and leave its sum as it is. If it is to
-/// `ASK`, each line of values asks for the line of the next span's keys at its place.
+/// `ASK`, each line of values asks for the line of the next keys at its place.
 #[inline(always)]
 unsafe fn weighted<L: Lanes, K: Kept<L>, const R: usize, const ASK: bool>(
     w: *const Place,
-    pages: (&[*const u32; SPAN / PAGE], &[*const u32; SPAN / PAGE]),
+    pages: (&Keys, &Keys),
     (lens, factors): (&[usize], &[f32]),
     hd: usize,
     out: *mut f32,
@@ -321,7 +327,7 @@ unsafe fn weighted<L: Lanes, K: Kept<L>, const R: usize, const ASK: bool>(
 #[inline(always)]
 unsafe fn weighted_part<L: Lanes, K: Kept<L>, const R: usize, const C: usize, const ASK: bool>(
     w: *const Place,
-    (pages, next): (&[*const u32; SPAN / PAGE], &[*const u32; SPAN / PAGE]),
+    (pages, next): (&Keys, &Keys),
     (len, factors): (usize, &[f32]),
     hd: usize,
     d: usize,
@@ -333,9 +339,10 @@ unsafe fn weighted_part<L: Lanes, K: Kept<L>, const R: usize, const C: usize, co
         for (page, (values, next)) in pages.iter().zip(next).enumerate() {
             let pairs = len.saturating_sub(page * PAGE).min(PAGE).div_ceil(2);
             let values = values.add(K::TYPE.half_words(hd));
+            let at = |pair, c| pair * hd + d + c * LANES;
             for pair in 0..pairs {
                 for c in 0..C {
-                    let at = pair * hd + d + c * LANES;
+                    let at = at(pair, c);
                     if ASK {
                         L::prefetch(K::line(*next, at).cast());
                     }
@@ -344,6 +351,11 @@ unsafe fn weighted_part<L: Lanes, K: Kept<L>, const R: usize, const C: usize, co
                         let by = w.add(r * (SPAN / 2)).cast::<K::By>();
                         acc[r][c] = K::dot(acc[r][c], words, by.add(page * PAGE / 2 + pair));
                     }
+                }
+            }
+            for pair in pairs..if ASK { PAGE / 2 } else { 0 } {
+                for c in 0..C {
+                    L::prefetch(K::line(*next, at(pair, c)).cast());
                 }
             }
         }

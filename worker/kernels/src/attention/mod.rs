@@ -24,7 +24,7 @@ use kernel::{some, whole};
 use merge::merged;
 pub use store::KvType;
 use store::quantise_query;
-pub(crate) use store::{append_key, append_value};
+pub(crate) use store::{append_key, append_value, expect_key};
 
 use crate::Isa;
 use crate::bf16::{dispatch_pairs, pairs};
@@ -173,13 +173,30 @@ impl Pages<'_> {
             && self.table.iter().all(|&page| (page as usize) < count)
     }
 
+    /// The pages of a span; its last for those beyond the sequence.
     #[inline(always)]
-    fn page(&self, index: usize) -> *const u32 {
-        let page = self.table[index] as usize;
-        let at = self.shape.at(self.layer, page, self.head);
-        self.pool.as_ptr().wrapping_add(at)
+    pub(crate) fn span(&self, index: usize) -> Keys {
+        std::array::from_fn(|i| {
+            let page = (index * SPAN / PAGE + i).min(self.table.len() - 1);
+            let at = self
+                .shape
+                .at(self.layer, self.table[page] as usize, self.head);
+            self.pool.as_ptr().wrapping_add(at)
+        })
+    }
+
+    /// What is read after span `index` of `spans`: the next one, or what comes `then`.
+    #[inline(always)]
+    fn after(&self, index: usize, spans: &Range<usize>, then: Keys) -> Keys {
+        match index + 1 < spans.end {
+            true => self.span(index + 1),
+            false => then,
+        }
     }
 }
+
+/// Where the pages of a span begin, which is where their keys do.
+pub(crate) type Keys = [*const u32; SPAN / PAGE];
 
 /// Room for a pair, whatever it is multiplied as.
 type Place = [f32; 2];
@@ -228,7 +245,8 @@ fn check_out(queries: &[Query<'_>], out: &[f32]) {
     );
 }
 
-/// Attends with 1 to [`MAX_QUERIES`] queries of one sequence to one key–value head.
+/// Attends with 1 to [`MAX_QUERIES`] queries of one sequence to one key–value head. Memory is asked
+/// for the keys of the span that the thread reads `then`, wherever they are.
 ///
 /// # Panics
 /// When shapes do not fit, a query sees no token, or its pages are missing.
@@ -236,6 +254,7 @@ pub(crate) fn attend(
     isa: Isa,
     queries: &[Query<'_>],
     pages: Pages<'_>,
+    then: Keys,
     scratch: &mut Scratch,
     out: &mut [f32],
 ) {
@@ -243,7 +262,7 @@ pub(crate) fn attend(
     check_out(queries, out);
     // SAFETY: every shape that the kernel relies on was checked above.
     dispatch_pairs!(isa, whole(
-        queries: &[Query<'_>], pages: Pages<'_>, scratch: &mut Scratch, out: &mut [f32],
+        queries: &[Query<'_>], pages: Pages<'_>, then: Keys, scratch: &mut Scratch, out: &mut [f32],
     ));
 }
 
@@ -260,8 +279,8 @@ pub(crate) const fn partial_width(head_dim: usize) -> usize {
 pub(crate) fn attend_spans(
     isa: Isa,
     queries: &[Query<'_>],
-    pages: Pages<'_>,
-    spans: Range<usize>,
+    (pages, spans): (Pages<'_>, Range<usize>),
+    then: Keys,
     scratch: &mut Scratch,
     partials: &mut [f32],
 ) {
@@ -270,8 +289,9 @@ pub(crate) fn attend_spans(
     assert!(spans.end <= longest(queries).div_ceil(SPAN));
     assert_eq!(partials.len(), spans.len() * queries.len() * width);
     // SAFETY: every shape that the kernel relies on was checked above.
+    let spans = (pages, spans);
     dispatch_pairs!(isa, some(
-        queries: &[Query<'_>], pages: Pages<'_>, spans: Range<usize>, scratch: &mut Scratch,
+        queries: &[Query<'_>], spans: (Pages<'_>, Range<usize>), then: Keys, scratch: &mut Scratch,
         partials: &mut [f32],
     ));
 }

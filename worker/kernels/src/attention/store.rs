@@ -49,16 +49,23 @@ impl KvType {
 
     /// u32 words of the keys, or of the values, of a page of one head.
     pub(crate) const fn half_words(self, head_dim: usize) -> usize {
+        self.scales_at(head_dim) + self.scales()
+    }
+
+    /// u32 words of the numbers of a half: where its scales begin.
+    pub(super) const fn scales_at(self, head_dim: usize) -> usize {
         match self {
-            Self::Bf16 => PAGE * head_dim / 2,
-            Self::Int16 => PAGE * head_dim / 2 + PAGE,
-            Self::Int8 => PAGE * head_dim / 4 + PAGE,
+            Self::Bf16 | Self::Int16 => PAGE * head_dim / 2,
+            Self::Int8 => PAGE * head_dim / 4,
         }
     }
 
-    /// Where the scales of a half begin, which are its last words.
-    pub(super) const fn scales_at(self, head_dim: usize) -> usize {
-        self.half_words(head_dim) - PAGE
+    /// Scales of a half, a word each.
+    const fn scales(self) -> usize {
+        match self {
+            Self::Bf16 => 0,
+            Self::Int16 | Self::Int8 => PAGE,
+        }
     }
 
     /// u32 words of a page of one head.
@@ -94,6 +101,25 @@ pub(crate) unsafe fn append_key(isa: Isa, kv: KvType, keys: *mut u32, offset: us
                 put(isa, kv, (keys, first), strides, scale, key);
             }
         }
+    }
+}
+
+/// Asks for the lines that [`append_key`] writes, which are as many as the key has pairs.
+pub(crate) fn expect_key(isa: Isa, kv: KvType, keys: *const u32, offset: usize, hd: usize) {
+    let tokens = kv.scales_at(hd) * LANES / PAGE;
+    let first = keys.wrapping_add(offset / LANES * tokens);
+    // SAFETY: the kernel needs the features alone.
+    dispatch!(isa, ask::<_>(first: *const u32, tokens: usize));
+}
+
+/// Asks for the lines of so many words.
+///
+/// # Safety
+/// See [`Lanes`].
+#[inline(always)]
+unsafe fn ask<L: Lanes>(first: *const u32, words: usize) {
+    for line in (0..words).step_by(LANES) {
+        L::prefetch(first.wrapping_add(line).cast());
     }
 }
 

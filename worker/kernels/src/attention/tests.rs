@@ -88,7 +88,8 @@ fn run(isa: Isa, queries: &[Query<'_>], stored: &Stored) -> Vec<f32> {
     }
     let mut scratch = Scratch::new(hd);
     let mut out = vec![f32::NAN; queries.len() * hd];
-    attend(isa, &queries, stored.pages(), &mut scratch, &mut out);
+    let (pages, then) = (stored.pages(), stored.pages().span(0));
+    attend(isa, &queries, pages, then, &mut scratch, &mut out);
 
     let spans = longest(&queries).div_ceil(SPAN);
     let width = queries.len() * partial_width(hd);
@@ -96,7 +97,7 @@ fn run(isa: Isa, queries: &[Query<'_>], stored: &Stored) -> Vec<f32> {
         let mut partials = vec![f32::NAN; spans * width];
         let (first, second) = partials.split_at_mut(cut * width);
         for (spans, part) in [(cut..spans, second), (0..cut, first)] {
-            attend_spans(isa, &queries, stored.pages(), spans, &mut scratch, part);
+            attend_spans(isa, &queries, (pages, spans), then, &mut scratch, part);
         }
         let mut split = vec![f32::NAN; queries.len() * hd];
         merge_spans(isa, &queries, &partials, &mut split);
@@ -161,7 +162,8 @@ fn a_fault_stays_with_its_token(kv: KvType) {
     let queries = [1, 2, 3].map(|len| Query::new(&ready, len, (len - 1) * hd));
     for isa in isas() {
         let (mut scratch, mut out) = (Scratch::new(hd), vec![0.0; tokens * hd]);
-        attend(isa, &queries, stored.pages(), &mut scratch, &mut out);
+        let (pages, then) = (stored.pages(), stored.pages().span(0));
+        attend(isa, &queries, pages, then, &mut scratch, &mut out);
         let out: Vec<f64> = out.into_iter().map(f64::from).collect();
         assert_eq!(faults(&out), [false, true, true], "{kv:?} {isa:?}");
     }

@@ -3,7 +3,7 @@
 use super::kept::{Kept, VECTORS, greatest, total};
 use super::kernel::TILES;
 use super::merge::Softmax;
-use super::{MAX_QUERIES, PAGE, Place, Query, SPAN};
+use super::{Keys, MAX_QUERIES, Place, Query, SPAN};
 use crate::math::exp2;
 use crate::simd::{LANES, Lanes};
 
@@ -20,7 +20,7 @@ use crate::simd::{LANES, Lanes};
 pub(super) unsafe fn weights<L: Lanes, K: Kept<L>, const R: usize>(
     products: *const f32,
     (queries, lens): (&[Query<'_>], &[usize]),
-    pages: &[*const u32; SPAN / PAGE],
+    pages: &Keys,
     hd: usize,
     out: *mut Place,
     (softmax, factors, first): (&mut Softmax, &mut [f32; MAX_QUERIES], usize),
@@ -46,7 +46,7 @@ pub(super) unsafe fn weights<L: Lanes, K: Kept<L>, const R: usize>(
 unsafe fn weights_of<L: Lanes, K: Kept<L>, const R: usize, const WHOLE: bool>(
     products: *const f32,
     queries: &[Query<'_>],
-    pages: &[*const u32; SPAN / PAGE],
+    pages: &Keys,
     lens: &[usize],
     hd: usize,
     out: *mut Place,

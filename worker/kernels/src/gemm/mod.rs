@@ -29,7 +29,7 @@ use crate::logits::{BLOCK, tile_maxima};
 use crate::pack::{Format, Layout, STRIP};
 use crate::pool::Scatter;
 use crate::quant::{Activations, Precision};
-use crate::simd::{Lanes, dispatch};
+use crate::simd::{LANES, Lanes, dispatch};
 use crate::team::Team;
 
 /// Rows of activations that stay in the second-level cache while the strips pass.
@@ -65,6 +65,34 @@ pub enum Write {
     Set,
     /// It is added to what is there.
     Add,
+}
+
+impl Write {
+    /// Writes the first `count` lanes.
+    ///
+    /// # Safety
+    /// As [`Lanes`]; `to` has room for `count` numbers, 16 at most.
+    #[inline(always)]
+    pub(crate) unsafe fn put<L: Lanes>(self, lanes: L, count: usize, to: *mut f32) {
+        // SAFETY: the contract of this function.
+        unsafe {
+            if count == LANES {
+                match self {
+                    Self::Set => lanes.store(to),
+                    Self::Add => L::load(to).add(lanes).store(to),
+                }
+                return;
+            }
+            let mut numbers = [0.0; LANES];
+            lanes.store(numbers.as_mut_ptr());
+            for (i, &number) in numbers[..count].iter().enumerate() {
+                match self {
+                    Self::Set => *to.add(i) = number,
+                    Self::Add => *to.add(i) += number,
+                }
+            }
+        }
+    }
 }
 
 impl<'a> Linear<'a> {
@@ -329,25 +357,11 @@ impl Task<'_> {
     unsafe fn put<L: Lanes>(&self, row: usize, strip: usize, sums: L) {
         let count = STRIP.min(self.layout.n() - strip * STRIP);
         let at = (row - self.rows.start) * self.out.stride + (strip - self.strips.start) * STRIP;
-        let out = self.out.start.wrapping_add(at);
         // SAFETY: the caller excludes other threads and vouches for the room.
         unsafe {
-            if count == STRIP {
-                match self.out.write {
-                    Write::Set => sums.store(out),
-                    Write::Add => L::load(out).add(sums).store(out),
-                }
-                return;
-            }
-            let mut lanes = [0.0; STRIP];
-            sums.store(lanes.as_mut_ptr());
-            let out = std::slice::from_raw_parts_mut(out, count);
-            for (out, sum) in out.iter_mut().zip(lanes) {
-                match self.out.write {
-                    Write::Set => *out = sum,
-                    Write::Add => *out += sum,
-                }
-            }
-        }
+            self.out
+                .write
+                .put(sums, count, self.out.start.wrapping_add(at))
+        };
     }
 }

@@ -7,19 +7,23 @@ mod tests;
 use std::io;
 use std::ops::Range;
 
+use plan::Item;
 pub use plan::{Plan, Run};
 
 use crate::arena::Arena;
 pub use crate::attention::KvType;
 use crate::attention::{
     MAX_QUERIES, Pages, PoolShape, Query, append_key, append_value, attend, attend_spans,
-    merge_spans, partial_width, prepare_query, query_words,
+    expect_key, merge_spans, partial_width, prepare_query, query_words,
 };
 use crate::gemm::{Linear, Outputs, ROW_BLOCK, Write};
 use crate::pool::Scatter;
 use crate::quant::{Activations, GROUP};
 use crate::simd::LANES;
 use crate::team::Team;
+
+/// Rows whose keys memory is asked for before they are stored.
+const AHEAD: usize = 2;
 
 /// What divides the width of a head.
 pub const HEAD_MULTIPLE: usize = LANES;
@@ -167,6 +171,16 @@ impl KvPool {
                         (item / blocks, first..rows.min(first + block))
                     }
                 };
+                let keys = |row: usize| {
+                    let (page, offset) = plan.slots[row];
+                    (shape.at(layer, page, (head - q) % kv), offset)
+                };
+                let expect = |row: usize, end: usize| {
+                    if (q..q + kv).contains(&head) && row < end {
+                        let (at, offset) = keys(row);
+                        expect_key(isa, ty, store.at(at), offset, dim);
+                    }
+                };
                 for first in rows.clone().step_by(ROW_BLOCK) {
                     let rows = first..rows.end.min(first + ROW_BLOCK);
                     let tile = &mut scratch.tile[..rows.len() * dim];
@@ -176,9 +190,11 @@ impl KvPool {
                         write: Write::Set,
                     };
                     let (columns, panel) = (head * dim..(head + 1) * dim, &mut scratch.panel);
+                    (first..first + AHEAD).for_each(|row| expect(row, rows.end));
                     // SAFETY: the shapes fit, and the tile is the item's own.
                     unsafe { linear.columns(isa, columns, acts, rows.clone(), out, panel) };
-                    for (row, values) in rows.zip(tile.chunks_exact_mut(dim)) {
+                    for (row, values) in rows.clone().zip(tile.chunks_exact_mut(dim)) {
+                        expect(row + AHEAD, rows.end);
                         each(row, head, values);
                         if head < q {
                             let words = query_words(dim);
@@ -187,8 +203,7 @@ impl KvPool {
                             prepare_query(isa, ty, values, query);
                             continue;
                         }
-                        let (page, offset) = plan.slots[row];
-                        let at = shape.at(layer, page, (head - q) % kv);
+                        let (at, offset) = keys(row);
                         // SAFETY: keys and values are halves of a page. An item has the keys of
                         // its own rows, or all values of its head.
                         unsafe {
@@ -222,8 +237,17 @@ impl KvPool {
         let partials = Scatter::new(&mut plan.partials);
         let (plan, out) = (&*plan, &*out);
         team.pool
-            .phase_with(&mut team.scratch, plan.items.len(), |scratch, item| {
-                let item = &plan.items[item];
+            .phase_with(&mut team.scratch, plan.items.len(), |scratch, index| {
+                let pages = |item: &Item, head| Pages {
+                    pool,
+                    shape: self.shape,
+                    table: plan.table(&plan.blocks[item.block]),
+                    layer,
+                    head,
+                };
+                let item = &plan.items[index];
+                // A thread takes items in their order, but for those of another's stretch.
+                let after = plan.items.get(index + 1).unwrap_or(item);
                 let block = &plan.blocks[item.block];
                 let all = self.heads.members(item.heads.clone());
                 let width = all.len() * dim;
@@ -242,23 +266,22 @@ impl KvPool {
                         *query = Query::new(&queries[at..at + words], len, out);
                     }
                     let of_head = &of_head[..count];
-                    let pages = Pages {
-                        pool,
-                        shape: self.shape,
-                        table: plan.table(block),
-                        layer,
-                        head,
+                    let (next, of_next) = match head + 1 < item.heads.end {
+                        true => (item, head + 1),
+                        false => (after, after.heads.start),
                     };
+                    let then = pages(next, of_next).span(next.spans.start);
+                    let pages = pages(item, head);
                     let Some(split) = item.split.map(|split| &plan.splits[split]) else {
-                        attend(isa, of_head, pages, &mut scratch.attention, results);
+                        attend(isa, of_head, pages, then, &mut scratch.attention, results);
                         continue;
                     };
                     let span = count * partial_width(dim);
                     let (first, len) = (item.spans.start * span, item.spans.len() * span);
                     // SAFETY: a piece has its own spans.
                     let part = unsafe { partials.part(split.partials.start + first, len) };
-                    let spans = item.spans.clone();
-                    attend_spans(isa, of_head, pages, spans, &mut scratch.attention, part);
+                    let spans = (pages, item.spans.clone());
+                    attend_spans(isa, of_head, spans, then, &mut scratch.attention, part);
                     if !split.done() {
                         return;
                     }
