@@ -30,14 +30,52 @@ pub(super) unsafe fn whole<L: int16::Int16, P: Pairs<L>>(
     scratch: &mut Scratch,
     out: &mut [f32],
 ) {
-    let (n, hd) = (queries.len(), queries[0].head_dim());
-    let mut running = Softmax::NOTHING;
-    for query in queries {
-        out[query.out..query.out + hd].fill(0.0);
+    let hd = queries[0].head_dim();
+    let spans = longest(queries).div_ceil(SPAN);
+    // SAFETY: the contract of this function.
+    unsafe {
+        let softmax = first::<L, P>(queries, (pages, spans), then, scratch, out);
+        for (query, sum) in queries.iter().zip(softmax.sum) {
+            divide::<L>(&mut out[query.out..query.out + hd], sum);
+        }
     }
+}
+
+/// # Safety
+/// See [`Lanes`]; shapes as [`attend_first`](super::attend_first) checks them.
+#[inline(always)]
+pub(super) unsafe fn begin<L: int16::Int16, P: Pairs<L>>(
+    queries: &[Query<'_>],
+    of: (Pages<'_>, usize),
+    then: Keys,
+    scratch: &mut Scratch,
+    out: &mut [f32],
+) {
+    let hd = queries[0].head_dim();
+    // SAFETY: the contract of this function.
+    let Softmax { max, sum } = unsafe { first::<L, P>(queries, of, then, scratch, out) };
+    for (query, softmax) in queries.iter().zip(max.into_iter().zip(sum)) {
+        (out[query.out + hd], out[query.out + hd + 1]) = softmax;
+    }
+}
+
+/// Attends to the first spans; the weighted sums are in `out`.
+///
+/// # Safety
+/// See [`Lanes`]; shapes as [`attend`] checks them.
+#[inline(always)]
+unsafe fn first<L: int16::Int16, P: Pairs<L>>(
+    queries: &[Query<'_>],
+    (pages, spans): (Pages<'_>, usize),
+    then: Keys,
+    scratch: &mut Scratch,
+    out: &mut [f32],
+) -> Softmax {
+    let (n, hd) = (queries.len(), queries[0].head_dim());
+    let mut running = Softmax::after(None, queries, out);
     // SAFETY: the contract of this function.
     unsafe { spread::<L, P>(queries, pages.shape.kv, scratch) };
-    let spans = 0..longest(queries).div_ceil(SPAN);
+    let spans = 0..spans;
     for index in spans.clone() {
         // SAFETY: the contract of this function.
         unsafe {
@@ -52,10 +90,7 @@ pub(super) unsafe fn whole<L: int16::Int16, P: Pairs<L>>(
             }
         }
     }
-    for (query, sum) in queries.iter().zip(running.sum) {
-        // SAFETY: the contract of this function.
-        unsafe { divide::<L>(&mut out[query.out..query.out + hd], sum) };
-    }
+    running
 }
 
 /// # Safety

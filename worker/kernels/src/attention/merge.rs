@@ -17,6 +17,28 @@ impl Softmax {
         sum: [0.0; MAX_QUERIES],
     };
 
+    /// Of what is left of a span, or of the first ones.
+    fn of(partials: &[f32], hd: usize) -> Self {
+        let mut softmax = Self::NOTHING;
+        for (i, partial) in partials.chunks_exact(partial_width(hd)).enumerate() {
+            (softmax.max[i], softmax.sum[i]) = (partial[hd], partial[hd + 1]);
+        }
+        softmax
+    }
+
+    /// After the first spans, if there are any before; their weighted sums are in `out`.
+    pub(super) fn after(begin: Option<&[f32]>, queries: &[Query<'_>], out: &mut [f32]) -> Self {
+        let hd = queries[0].head_dim();
+        for (i, query) in queries.iter().enumerate() {
+            let out = &mut out[query.out..query.out + hd];
+            match begin {
+                Some(begin) => out.copy_from_slice(&begin[i * partial_width(hd)..][..hd]),
+                None => out.fill(0.0),
+            }
+        }
+        begin.map_or(Self::NOTHING, |begin| Self::of(begin, hd))
+    }
+
     /// Takes in a span; what the outputs so far, and that of the span, are to be multiplied with.
     ///
     /// # Safety
@@ -49,18 +71,16 @@ impl Softmax {
 /// # Safety
 /// See [`Lanes`]; shapes as [`merge_spans`](super::merge_spans) checks them.
 #[inline(always)]
-pub(super) unsafe fn merged<L: Lanes>(queries: &[Query<'_>], partials: &[f32], out: &mut [f32]) {
+pub(super) unsafe fn merged<L: Lanes>(
+    queries: &[Query<'_>],
+    (begin, spans, rest): (Option<&[f32]>, usize, &[f32]),
+    out: &mut [f32],
+) {
     let (n, hd) = (queries.len(), queries[0].head_dim());
     let width = partial_width(hd);
-    let mut running = Softmax::NOTHING;
-    for query in queries {
-        out[query.out..query.out + hd].fill(0.0);
-    }
-    for (index, partials) in partials.chunks_exact(n * width).enumerate() {
-        let mut softmax = Softmax::NOTHING;
-        for (i, partial) in partials.chunks_exact(width).enumerate() {
-            (softmax.max[i], softmax.sum[i]) = (partial[hd], partial[hd + 1]);
-        }
+    let mut running = Softmax::after(begin, queries, out);
+    for (index, partials) in (spans..).zip(rest.chunks_exact(n * width)) {
+        let softmax = Softmax::of(partials, hd);
         // SAFETY: the contract of this function.
         unsafe {
             let [old, new] = running.merge::<L>(&softmax, n);

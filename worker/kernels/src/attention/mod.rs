@@ -20,7 +20,7 @@ mod weights;
 
 use std::ops::Range;
 
-use kernel::{some, whole};
+use kernel::{begin, some, whole};
 use merge::merged;
 pub use store::KvType;
 use store::quantise_query;
@@ -296,15 +296,49 @@ pub(crate) fn attend_spans(
     ));
 }
 
-/// The rest of [`attend`]: merges what [`attend_spans`] left of all spans.
+/// The part of [`attend`] before other spans are merged with the first ones, of which every query
+/// sees all: [`partial_width`] numbers for each query at its place in `out`.
 ///
 /// # Panics
 /// As [`attend`].
-pub(crate) fn merge_spans(isa: Isa, queries: &[Query<'_>], partials: &[f32], out: &mut [f32]) {
+pub(crate) fn attend_first(
+    isa: Isa,
+    queries: &[Query<'_>],
+    (pages, spans): (Pages<'_>, usize),
+    then: Keys,
+    scratch: &mut Scratch,
+    out: &mut [f32],
+) {
+    check(queries, pages, scratch);
     check_out(queries, out);
-    let width = partial_width(queries[0].head_dim());
-    let spans = longest(queries).div_ceil(SPAN);
-    assert_eq!(partials.len(), spans * queries.len() * width);
+    assert!(queries.iter().all(|query| query.len >= spans * SPAN));
+    let of = (pages, spans);
     // SAFETY: every shape that the kernel relies on was checked above.
-    dispatch!(isa, merged::<_>(queries: &[Query<'_>], partials: &[f32], out: &mut [f32]));
+    dispatch_pairs!(isa, begin(
+        queries: &[Query<'_>], of: (Pages<'_>, usize), then: Keys, scratch: &mut Scratch,
+        out: &mut [f32],
+    ));
+}
+
+/// The rest of [`attend`]: merges what [`attend_first`] left of the first spans, if of any, with what
+/// [`attend_spans`] left of all others.
+///
+/// # Panics
+/// As [`attend`].
+pub(crate) fn merge_spans(
+    isa: Isa,
+    queries: &[Query<'_>],
+    (begin, spans, rest): (Option<&[f32]>, usize, &[f32]),
+    out: &mut [f32],
+) {
+    check_out(queries, out);
+    let width = queries.len() * partial_width(queries[0].head_dim());
+    assert!(begin.is_none_or(|begin| begin.len() == width));
+    let others = longest(queries).div_ceil(SPAN) - spans;
+    assert_eq!(rest.len(), others * width);
+    let partials = (begin, spans, rest);
+    // SAFETY: every shape that the kernel relies on was checked above.
+    dispatch!(isa, merged::<_>(
+        queries: &[Query<'_>], partials: (Option<&[f32]>, usize, &[f32]), out: &mut [f32],
+    ));
 }

@@ -100,8 +100,20 @@ fn run(isa: Isa, queries: &[Query<'_>], stored: &Stored) -> Vec<f32> {
             attend_spans(isa, &queries, (pages, spans), then, &mut scratch, part);
         }
         let mut split = vec![f32::NAN; queries.len() * hd];
-        merge_spans(isa, &queries, &partials, &mut split);
+        merge_spans(isa, &queries, (None, 0, &partials), &mut split);
         assert_eq!(split, out, "cut at {cut}");
+
+        if queries.iter().all(|query| query.len >= cut * SPAN) {
+            let mut places = queries.clone();
+            for (i, query) in places.iter_mut().enumerate() {
+                query.out = i * partial_width(hd);
+            }
+            let mut begin = vec![f32::NAN; width];
+            attend_first(isa, &places, (pages, cut), then, &mut scratch, &mut begin);
+            let rest = &partials[cut * width..];
+            merge_spans(isa, &queries, (Some(&begin), cut, rest), &mut split);
+            assert_eq!(split, out, "begun with {cut}");
+        }
     }
     out
 }

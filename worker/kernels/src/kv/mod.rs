@@ -1,20 +1,20 @@
 //! The pool of KV pages of a model, and the phases that fill it and attend to it.
 
+mod attend;
 mod plan;
+mod prefix;
 #[cfg(test)]
 mod tests;
 
 use std::io;
 use std::ops::Range;
 
-use plan::Item;
 pub use plan::{Plan, Run};
 
 use crate::arena::Arena;
 pub use crate::attention::KvType;
 use crate::attention::{
-    MAX_QUERIES, Pages, PoolShape, Query, append_key, append_value, attend, attend_spans,
-    expect_key, merge_spans, partial_width, prepare_query, query_words,
+    PoolShape, append_key, append_value, expect_key, prepare_query, query_words,
 };
 use crate::gemm::{Linear, Outputs, ROW_BLOCK, Write};
 use crate::pool::Scatter;
@@ -214,84 +214,6 @@ impl KvPool {
                             }
                         }
                     }
-                }
-            });
-    }
-
-    /// Attends with the queries of every row; the results become the first rows of `out`.
-    ///
-    /// # Panics
-    /// When the shapes do not fit, or a page is not of the pool.
-    pub fn attend(
-        &self,
-        team: &mut Team,
-        layer: usize,
-        plan: &mut Plan,
-        queries: &[u32],
-        out: &mut Activations,
-    ) {
-        let (Heads { q, dim, .. }, isa, rows) = (self.heads, team.isa, plan.rows());
-        assert!(plan.heads() == self.heads && queries.len() >= rows * self.heads.query_words());
-        assert!(out.k() == q * dim && rows <= out.rows());
-        let pool = &self.arena.as_words()[..self.shape.words(self.pages)];
-        let partials = Scatter::new(&mut plan.partials);
-        let (plan, out) = (&*plan, &*out);
-        team.pool
-            .phase_with(&mut team.scratch, plan.items.len(), |scratch, index| {
-                let pages = |item: &Item, head| Pages {
-                    pool,
-                    shape: self.shape,
-                    table: plan.table(&plan.blocks[item.block]),
-                    layer,
-                    head,
-                };
-                let item = &plan.items[index];
-                // A thread takes items in their order, but for those of another's stretch.
-                let after = plan.items.get(index + 1).unwrap_or(item);
-                let block = &plan.blocks[item.block];
-                let all = self.heads.members(item.heads.clone());
-                let width = all.len() * dim;
-                let results = &mut scratch.tile[..block.rows * width];
-                for head in item.heads.clone() {
-                    let mut of_head = [Query::default(); MAX_QUERIES];
-                    let members = self.heads.members(head..head + 1);
-                    let count = block.rows * members.len();
-                    for (i, query) in of_head[..count].iter_mut().enumerate() {
-                        let row = i / members.len();
-                        let member = members.start + i % members.len();
-                        let words = query_words(dim);
-                        let at = ((block.row + row) * q + member) * words;
-                        let len = block.position + row + 1;
-                        let out = row * width + (member - all.start) * dim;
-                        *query = Query::new(&queries[at..at + words], len, out);
-                    }
-                    let of_head = &of_head[..count];
-                    let (next, of_next) = match head + 1 < item.heads.end {
-                        true => (item, head + 1),
-                        false => (after, after.heads.start),
-                    };
-                    let then = pages(next, of_next).span(next.spans.start);
-                    let pages = pages(item, head);
-                    let Some(split) = item.split.map(|split| &plan.splits[split]) else {
-                        attend(isa, of_head, pages, then, &mut scratch.attention, results);
-                        continue;
-                    };
-                    let span = count * partial_width(dim);
-                    let (first, len) = (item.spans.start * span, item.spans.len() * span);
-                    // SAFETY: a piece has its own spans.
-                    let part = unsafe { partials.part(split.partials.start + first, len) };
-                    let spans = (pages, item.spans.clone());
-                    attend_spans(isa, of_head, spans, then, &mut scratch.attention, part);
-                    if !split.done() {
-                        return;
-                    }
-                    // SAFETY: all pieces are done, and this is the only one that merges them.
-                    let all = unsafe { partials.part(split.partials.start, split.partials.len()) };
-                    merge_spans(isa, of_head, all, results);
-                }
-                for (i, result) in results.chunks_exact(width).enumerate() {
-                    // SAFETY: an item, or the last of its pieces, has its own rows and heads.
-                    unsafe { out.write_shared(isa, block.row + i, all.start * dim, result) };
                 }
             });
     }

@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::prefix::{Family, families};
 use super::{HEAD_MULTIPLE, Heads};
 use crate::attention::{MAX_QUERIES, PAGE, SPAN, partial_width};
 use crate::quant::BLOCK;
@@ -35,7 +36,10 @@ pub struct Plan {
     /// Page and offset of every row.
     pub(super) slots: Vec<(usize, usize)>,
     table: Vec<u32>,
-    pub(super) blocks: Vec<Block>,
+    blocks: Vec<Block>,
+    /// The blocks, those with a common beginning beside each other.
+    order: Vec<usize>,
+    families: Vec<Family>,
     /// The dearest first.
     pub(super) items: Vec<Item>,
     pub(super) splits: Vec<Split>,
@@ -50,18 +54,26 @@ pub(super) struct Block {
     table: Range<usize>,
 }
 
-/// Some key–value heads and spans of a block.
+/// Some key–value heads and spans of a block, or of several that have them in common.
 pub(super) struct Item {
-    pub(super) block: usize,
+    /// Their places in the order.
+    pub(super) blocks: Range<usize>,
     pub(super) heads: Range<usize>,
     pub(super) spans: Range<usize>,
-    /// If the spans are not all that the block has.
+    /// If the spans are not all that the blocks have: the split of the first, which those of the
+    /// others follow.
     pub(super) split: Option<usize>,
+    /// Where the partial results of its first span lie.
+    pub(super) partials: usize,
 }
 
 /// One head of a block whose spans are several items.
 pub(super) struct Split {
-    pub(super) partials: Range<usize>,
+    /// The first spans, which are in common with others.
+    pub(super) common: usize,
+    /// Where what is left of those lies, and of each other span.
+    pub(super) begin: Range<usize>,
+    pub(super) rest: Range<usize>,
     pieces: u32,
     left: AtomicU32,
 }
@@ -78,19 +90,20 @@ impl Split {
 }
 
 impl Block {
-    fn spans(&self) -> usize {
+    /// Spans that the block sees.
+    pub(super) fn spans(&self) -> usize {
         (self.position + self.rows).div_ceil(SPAN)
     }
 
     /// Queries that attend to a key–value head.
-    fn queries(&self, heads: Heads, head: usize) -> usize {
+    pub(super) fn queries(&self, heads: Heads, head: usize) -> usize {
         self.rows * heads.members(head..head + 1).len()
     }
 
-    /// What a span costs the queries of some key–value heads: one pass over keys and values for
-    /// every four, as many as the registers hold.
-    fn weight(&self, heads: Heads, kv: Range<usize>) -> usize {
-        kv.map(|head| self.queries(heads, head).div_ceil(4)).sum()
+    /// What a span costs the queries of all key–value heads.
+    fn weight(&self, heads: Heads) -> usize {
+        let of_head = |head| passes(self.queries(heads, head));
+        (0..heads.kv).map(of_head).sum()
     }
 }
 
@@ -112,6 +125,8 @@ impl Plan {
             slots: Vec::with_capacity(rows),
             table: Vec::new(),
             blocks: Vec::with_capacity(rows),
+            order: Vec::with_capacity(rows),
+            families: Vec::with_capacity(rows),
             items: Vec::with_capacity(most),
             splits: Vec::with_capacity(most),
             partials: vec![0.0; PARTIALS],
@@ -127,8 +142,9 @@ impl Plan {
         self.heads
     }
 
-    /// The pages of a block's sequence.
-    pub(super) fn table(&self, block: &Block) -> &[u32] {
+    /// The pages of the sequence of an item's first block.
+    pub(super) fn table(&self, item: &Item) -> &[u32] {
+        let block = &self.blocks[self.order[item.blocks.start]];
         &self.table[block.table.clone()]
     }
 
@@ -167,52 +183,146 @@ impl Plan {
         if of_one.is_multiple_of(BLOCK) { 1 } else { 2 }
     }
 
+    /// The blocks of an item.
+    pub(super) fn blocks(&self, item: &Item) -> impl Iterator<Item = &Block> {
+        let order = self.order[item.blocks.clone()].iter();
+        order.map(|&block| &self.blocks[block])
+    }
+
+    /// Orders the blocks, and finds those with a common beginning.
+    fn set_order(&mut self) {
+        let (blocks, table, most) = (&self.blocks, &self.table, self.heads.most());
+        let queries = |block: usize| blocks[block].rows * most;
+        // A call takes two of them at least.
+        let few = |&block: &usize| 2 * queries(block) <= MAX_QUERIES;
+        self.order.clear();
+        self.order.extend((0..blocks.len()).filter(few));
+        self.families.clear();
+        if self.together() == 1 {
+            let whole = |block: usize| {
+                let spans = blocks[block].position / SPAN;
+                &table[blocks[block].table.clone()][..spans * (SPAN / PAGE)]
+            };
+            let (order, found) = (&mut self.order, &mut self.families);
+            families(order, whole, queries, MAX_QUERIES, found);
+        }
+        let many = (0..blocks.len()).filter(|block| !few(block));
+        self.order.extend(many);
+    }
+
     fn share(&mut self) {
-        let (heads, together) = (self.heads, self.together());
-        let cost = |block: &Block| block.spans() * block.weight(heads, 0..heads.kv);
+        self.set_order();
+        let heads = self.heads;
+        let cost = |block: &Block| block.spans() * block.weight(heads);
         let all: usize = self.blocks.iter().map(cost).sum();
         let fair = all.div_ceil(ITEMS * self.threads);
         self.items.clear();
         self.splits.clear();
-        let mut partials = 0;
-        for index in 0..self.blocks.len() {
-            let block = &self.blocks[index];
-            let spans = block.spans();
-            for head in (0..heads.kv).step_by(together) {
-                let piece = (fair / block.weight(heads, head..head + 1)).max(LEAST_SPANS);
-                let room = spans * block.queries(heads, head) * partial_width(heads.dim);
-                let mut item = Item {
-                    block: index,
-                    heads: head..heads.kv.min(head + together),
-                    spans: 0..spans,
-                    split: None,
-                };
-                let fits = room <= self.partials.len() - partials;
-                if self.threads == 1 || together > 1 || spans <= piece || !fits {
-                    self.items.push(item);
-                    continue;
+        let (mut place, mut used) = (0, 0);
+        let families = std::mem::take(&mut self.families);
+        let mut next = families.iter().peekable();
+        while place < self.order.len() {
+            let (members, common) = match next.next_if(|family| family.members.start == place) {
+                // What is in common is one item: half of what a thread has to do at most.
+                Some(family) if family.spans * passes(family.queries) <= ITEMS / 2 * fair => {
+                    (family.members.clone(), family.spans)
                 }
-                let pieces = spans.div_ceil(piece) as u32;
-                item.split = Some(self.splits.len());
-                self.splits.push(Split {
-                    partials: partials..partials + room,
-                    pieces,
-                    left: AtomicU32::new(pieces),
-                });
-                partials += room;
-                for first in (0..spans).step_by(piece) {
-                    self.items.push(Item {
-                        spans: first..spans.min(first + piece),
-                        heads: item.heads.clone(),
-                        ..item
-                    });
-                }
+                _ => (place..place + 1, 0),
+            };
+            place = members.end;
+            for head in (0..heads.kv).step_by(self.together()) {
+                self.add(members.clone(), common, head, fair, &mut used);
             }
         }
-        let blocks = &self.blocks;
+        self.families = families;
+        let (blocks, order) = (&self.blocks, &self.order);
         self.items.sort_unstable_by_key(|item| {
-            let weight = blocks[item.block].weight(heads, item.heads.clone());
-            Reverse(item.spans.len() * weight)
+            let of_item = || {
+                order[item.blocks.clone()]
+                    .iter()
+                    .map(|&block| &blocks[block])
+            };
+            let of_head = |head| passes(of_item().map(|block| block.queries(heads, head)).sum());
+            Reverse(item.spans.len() * item.heads.clone().map(of_head).sum::<usize>())
         });
     }
+
+    /// Adds the items of a head of blocks that begin with `common` spans: of spans for `fair` passes,
+    /// where they can be split. `used` is how much of the partial results is taken.
+    fn add(
+        &mut self,
+        members: Range<usize>,
+        common: usize,
+        head: usize,
+        fair: usize,
+        used: &mut usize,
+    ) {
+        let (heads, together) = (self.heads, self.together());
+        let (blocks, order) = (&self.blocks, &self.order);
+        let block = |place: usize| &blocks[order[place]];
+        // Spans, and what a span leaves.
+        let own = |place| block(place).spans() - common;
+        let width = |place| block(place).queries(heads, head) * partial_width(heads.dim);
+        let queries = |place| block(place).queries(heads, head);
+        let pieces = |spans: Range<usize>, queries: usize| {
+            let (end, piece) = (spans.end, (fair / passes(queries)).max(LEAST_SPANS));
+            let piece_from = move |first| first..end.min(first + piece);
+            spans.step_by(piece).map(piece_from)
+        };
+        let begin = match common {
+            0 => 0,
+            _ => members.clone().map(width).sum(),
+        };
+        let room = begin + members.clone().map(|m| own(m) * width(m)).sum::<usize>();
+        let long = || pieces(0..own(members.start), queries(members.start)).count() > 1;
+        let split = common > 0 || (self.threads > 1 && long());
+        if together > 1 || !split || room > self.partials.len() - *used {
+            self.items.extend(members.map(|place| Item {
+                blocks: place..place + 1,
+                heads: head..heads.kv.min(head + together),
+                spans: 0..block(place).spans(),
+                split: None,
+                partials: 0,
+            }));
+            return;
+        }
+        if common > 0 {
+            self.items.push(Item {
+                blocks: members.clone(),
+                heads: head..head + 1,
+                spans: 0..common,
+                split: Some(self.splits.len()),
+                partials: *used,
+            });
+        }
+        // Where what is left of the next block lies: of the first spans, and of its own.
+        let (mut first, mut rest) = (*used, *used + begin);
+        for place in members {
+            let width = width(place);
+            let own_pieces = pieces(common..block(place).spans(), queries(place));
+            let count = u32::from(common > 0) + own_pieces.clone().count() as u32;
+            self.items.extend(own_pieces.map(|spans| Item {
+                blocks: place..place + 1,
+                heads: head..head + 1,
+                partials: rest + (spans.start - common) * width,
+                spans,
+                split: Some(self.splits.len()),
+            }));
+            let end = rest + own(place) * width;
+            self.splits.push(Split {
+                common,
+                begin: first..first + width,
+                rest: rest..end,
+                pieces: count,
+                left: AtomicU32::new(count),
+            });
+            (first, rest) = (first + width, end);
+        }
+        *used = rest;
+    }
+}
+
+/// Passes over keys and values: one for every four queries, as many as the registers hold.
+fn passes(queries: usize) -> usize {
+    queries.div_ceil(4)
 }

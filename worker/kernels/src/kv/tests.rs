@@ -1,5 +1,6 @@
 use super::*;
 use crate::Isa;
+use crate::attention::MAX_QUERIES;
 use crate::gemm::{Placed, multiply};
 use crate::pack::{FloatRows, Format, Layout, Packing, Source, pack};
 use crate::quant::Precision;
@@ -187,6 +188,52 @@ fn batch_split_pages_and_instruction_set_change_no_bit() {
                 let split = threads > 1 && alone;
                 assert_eq!(!rig.plan.splits.is_empty(), split);
             }
+        }
+    }
+}
+
+#[test]
+fn a_common_beginning_changes_no_bit() {
+    for (kv, heads) in KvType::ALL
+        .into_iter()
+        .flat_map(|kv| heads().map(|h| (kv, h)))
+    {
+        for (isa, threads) in isas().into_iter().flat_map(|i| [1, 2, 5].map(|t| (i, t))) {
+            let mut rig = Rig::new(kv, heads, threads, isa);
+            // Nine spans and a page, which not all have.
+            let common: Vec<u32> = (0..19).collect();
+            for half in 0..2 {
+                let tokens = random(304 * WIDTH, 6 + half);
+                rig.step(&[(304 * half as usize, &tokens, &common)]);
+            }
+            // Histories of their own, of 1 to 56 tokens, then a row or two.
+            let sequences: Vec<_> = (0..12)
+                .map(|i| {
+                    let pages = if i % 3 == 0 { 18 } else { 19 };
+                    let own = (20 + 3 * i..23 + 3 * i).collect::<Vec<u32>>();
+                    let table = [&common[..pages as usize], &own].concat();
+                    let (position, old) = (32 * pages as usize, 1 + 5 * i as usize);
+                    rig.step(&[(position, &random(old * WIDTH, 20 + u64::from(i)), &table)]);
+                    let new = random((1 + i as usize % 2) * WIDTH, 40 + u64::from(i));
+                    (position + old, new, table)
+                })
+                .collect();
+            let step = |(position, new, table): &'_ (usize, Vec<f32>, Vec<u32>)| {
+                rig.step(&[(*position, new, table)])
+            };
+            let alone: Vec<f32> = sequences.iter().flat_map(step).collect();
+            let mut all = Vec::new();
+            for (position, new, table) in &sequences {
+                all.push((*position, &new[..], &table[..]));
+            }
+            let together = rig.step(&all);
+            assert!(together == alone, "{kv:?} {heads:?} {isa:?} {threads}");
+            let shared = rig.plan.items.iter().any(|item| item.blocks.len() > 1);
+            let fits = 3 * 2 * heads.most() <= MAX_QUERIES;
+            let one_head = (heads.members(0..1).len() * heads.dim).is_multiple_of(32);
+            // Not where one item of it would be too much for a thread.
+            let even = threads == 1 || (threads == 2 && heads.q == 9);
+            assert!(shared || !(fits && one_head && even), "{heads:?} {threads}");
         }
     }
 }
