@@ -194,11 +194,11 @@ fn batch_split_pages_and_instruction_set_change_no_bit() {
 
 #[test]
 fn a_common_beginning_changes_no_bit() {
-    for (kv, heads) in KvType::ALL
-        .into_iter()
-        .flat_map(|kv| heads().map(|h| (kv, h)))
-    {
-        for (isa, threads) in isas().into_iter().flat_map(|i| [1, 2, 5].map(|t| (i, t))) {
+    let [all, rest @ ..] = heads();
+    let of_all = KvType::ALL.map(|kv| (kv, all));
+    let of_rest = rest.map(|heads| (KvType::default(), heads));
+    for (kv, heads) in of_all.into_iter().chain(of_rest) {
+        for (isa, threads) in isas().into_iter().flat_map(|i| [1, 2].map(|t| (i, t))) {
             let mut rig = Rig::new(kv, heads, threads, isa);
             // Nine spans and a page, which not all have.
             let common: Vec<u32> = (0..19).collect();
@@ -232,7 +232,7 @@ fn a_common_beginning_changes_no_bit() {
             let fits = 3 * 2 * heads.most() <= MAX_QUERIES;
             let one_head = (heads.members(0..1).len() * heads.dim).is_multiple_of(32);
             // Not where one item of it would be too much for a thread.
-            let even = threads == 1 || (threads == 2 && heads.q == 9);
+            let even = threads == 1 || heads.q == 9;
             assert!(shared || !(fits && one_head && even), "{heads:?} {threads}");
         }
     }
