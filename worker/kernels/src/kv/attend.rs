@@ -152,23 +152,25 @@ impl<'a> Phase<'a> {
         }
         let (width, pages) = (partial_width(self.kv.heads.dim), self.pages(item, head));
         let (of_item, attention) = (&mut queries[..count], &mut scratch.attention);
+        let splits = &self.plan.splits[first_split..];
         if item.blocks.len() > 1 {
             for (i, query) in of_item.iter_mut().enumerate() {
                 // The pages of the first block are those of the others as far as the item goes.
                 (query.len, query.out) = (item.spans.end * SPAN, i * width);
             }
             // SAFETY: a piece has its own partial results.
-            let partials = unsafe { self.partials.part(item.partials, count * width) };
+            let partials = unsafe { self.partials.part(splits[0].begin.start, count * width) };
             let spans = (pages, item.spans.end);
             attend_first(isa, of_item, spans, then, attention, partials);
         } else {
-            let len = item.spans.len() * count * width;
+            let (width, before) = (count * width, item.spans.start - splits[0].common);
+            let start = splits[0].rest.start + before * width;
             // SAFETY: as above.
-            let partials = unsafe { self.partials.part(item.partials, len) };
+            let partials = unsafe { self.partials.part(start, item.spans.len() * width) };
             let spans = (pages, item.spans.clone());
             attend_spans(isa, of_item, spans, then, attention, partials);
         }
-        for (block, split) in self.plan.blocks(item).zip(&self.plan.splits[first_split..]) {
+        for (block, split) in self.plan.blocks(item).zip(splits) {
             if !split.done() {
                 continue;
             }

@@ -63,8 +63,6 @@ pub(super) struct Item {
     /// If the spans are not all that the blocks have: the split of the first, which those of the
     /// others follow.
     pub(super) split: Option<usize>,
-    /// Where the partial results of its first span lie.
-    pub(super) partials: usize,
 }
 
 /// One head of a block whose spans are several items.
@@ -260,10 +258,10 @@ impl Plan {
         let (heads, together) = (self.heads, self.together());
         let (blocks, order) = (&self.blocks, &self.order);
         let block = |place: usize| &blocks[order[place]];
-        // Spans, and what a span leaves.
+        // Spans, queries, and what a span leaves of these.
         let own = |place| block(place).spans() - common;
-        let width = |place| block(place).queries(heads, head) * partial_width(heads.dim);
         let queries = |place| block(place).queries(heads, head);
+        let width = |place| queries(place) * partial_width(heads.dim);
         let pieces = |spans: Range<usize>, queries: usize| {
             let (end, piece) = (spans.end, (fair / passes(queries)).max(LEAST_SPANS));
             let piece_from = move |first| first..end.min(first + piece);
@@ -282,7 +280,6 @@ impl Plan {
                 heads: head..heads.kv.min(head + together),
                 spans: 0..block(place).spans(),
                 split: None,
-                partials: 0,
             }));
             return;
         }
@@ -292,7 +289,6 @@ impl Plan {
                 heads: head..head + 1,
                 spans: 0..common,
                 split: Some(self.splits.len()),
-                partials: *used,
             });
         }
         // Where what is left of the next block lies: of the first spans, and of its own.
@@ -304,7 +300,6 @@ impl Plan {
             self.items.extend(own_pieces.map(|spans| Item {
                 blocks: place..place + 1,
                 heads: head..head + 1,
-                partials: rest + (spans.start - common) * width,
                 spans,
                 split: Some(self.splits.len()),
             }));
