@@ -61,9 +61,18 @@ impl Step {
         });
     }
 
-    /// Runs it; gives the logits of every row.
+    /// The same step, of which only these rows want logits.
+    #[must_use]
+    pub fn wanting(self, rows: &[u32]) -> Self {
+        Self {
+            logit_rows: rows.to_vec(),
+            ..self
+        }
+    }
+
+    /// Runs it; gives the logits of every row that wants them.
     pub fn run(&self, backend: &mut dyn Backend) -> Result<Vec<f32>, BackendError> {
-        let mut logits = vec![f32::NAN; self.tokens.len() * backend.spec().vocab];
+        let mut logits = vec![f32::NAN; self.logit_rows.len() * backend.spec().vocab];
         let batch = Batch {
             tokens: &self.tokens,
             positions: &self.positions,
@@ -86,6 +95,50 @@ pub fn append(
     let mut step = Step::default();
     step.push(sequence, tokens, role);
     step.run(backend)
+}
+
+/// Holds a backend to this: which rows of a step want logits changes neither the logits of one that
+/// does, nor those of later steps.
+///
+/// # Panics
+/// When it does, or a step fails.
+pub fn assert_rows_without_logits_change_nothing(backend: &mut dyn Backend) {
+    let vocab = backend.spec().vocab;
+    let tokens = |len: u32| (0..len).map(|t| 61 * t % 500 + len).collect::<Vec<_>>();
+    // A draft and two prompts, then the next token of each.
+    let mut run = |wanted: &[u32]| {
+        let mut sequences = [0, 1, 2].map(|i| Sequence::new((4 * i..4 * i + 4).collect()));
+        let mut step = Step::default();
+        for (i, (len, role)) in [(5, Role::Output), (40, Role::Prompt), (70, Role::Prompt)]
+            .into_iter()
+            .enumerate()
+        {
+            step.push(&mut sequences[i], &tokens(len), role);
+        }
+        let logits = step.wanting(wanted).run(backend).expect("a step");
+        let mut next = Step::default();
+        for sequence in &mut sequences {
+            next.push(sequence, &[7], Role::Output);
+        }
+        (logits, next.run(backend).expect("a step"))
+    };
+    let (all, next) = run(&(0..115).collect::<Vec<_>>());
+    for wanted in [
+        &[][..],
+        &[4],
+        &[114],
+        &[0, 1, 2, 3, 4, 44],
+        &[2, 3, 10, 11, 12, 44, 50, 113, 114],
+    ] {
+        let (logits, after) = run(wanted);
+        for (row, logits) in wanted.iter().zip(logits.chunks_exact(vocab)) {
+            assert!(
+                logits == &all[*row as usize * vocab..][..vocab],
+                "row {row} of {wanted:?}"
+            );
+        }
+        assert!(after == next, "after {wanted:?}");
+    }
 }
 
 /// Most tokens that `append` takes at once.

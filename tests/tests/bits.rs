@@ -7,7 +7,7 @@ use shoal_engine::cpu::{CpuOptions, PromptPrecision};
 use shoal_kernels::Isa;
 use shoal_kernels::kv::KvType;
 use shoal_tests::backends::{cpu_keeping, cpu_with, demo_gguf, options};
-use shoal_tests::drive::{Sequence, Step, append};
+use shoal_tests::drive::{Sequence, Step, append, assert_rows_without_logits_change_nothing};
 
 /// Sequences of 12, 45 and 78 tokens.
 fn sequences() -> [Vec<TokenId>; 3] {
@@ -70,6 +70,8 @@ fn nothing_changes_a_bit(prompts: PromptPrecision) {
             expected = rest;
         }
     }
+
+    assert_rows_without_logits_change_nothing(&mut backend);
 
     for isa in Isa::available() {
         let mut backend = cpu_as(isa, 2);

@@ -13,7 +13,7 @@ use shoal_kernels::kv::KvType;
 use shoal_tests::accuracy::{Bounds, Comparison, log_softmax, top2};
 use shoal_tests::backends::{CpuGroup, candle, cpu, cpu_as, cpu_keeping, demo_gguf, options};
 use shoal_tests::conformance::{relative_error, scenario};
-use shoal_tests::drive::{Sequence, append};
+use shoal_tests::drive::{Sequence, append, assert_rows_without_logits_change_nothing};
 use shoal_tests::model::data;
 use shoal_text::{EncodeOptions, Tokenizer, bundle_from_gguf};
 
@@ -91,6 +91,7 @@ fn batches_chunks_and_threads_change_no_bit_of_a_group() {
         let mut group_of_one = group(&gguf, world, 1);
         let whole = run(&mut group_of_one, 150);
         assert!(run(&mut group_of_one, 7) == whole, "chunks");
+        assert_rows_without_logits_change_nothing(&mut group_of_one);
         assert!(run(&mut group(&gguf, world, 2), 64) == whole, "threads");
     }
 }

@@ -1,13 +1,16 @@
 //! What the machine can do at most: the rates that benchmarks are measured against.
 
 use std::hint::black_box;
-use std::time::Instant;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::Isa;
 use crate::pool::Pool;
 
 /// Windows of which the best counts.
-const WINDOWS: usize = 100;
+const WINDOWS: usize = 20;
+/// Empty phases of a window.
+const PHASES: u32 = 50;
 
 /// The least seconds that `run` takes.
 pub fn best(windows: usize, mut run: impl FnMut()) -> f64 {
@@ -42,6 +45,30 @@ pub fn read_rate(pool: &mut Pool, data: &[u8]) -> f64 {
         }
     }
     (windows.len() * 64 * CHUNK) as f64 / least.iter().sum::<f64>()
+}
+
+/// What a phase of `pool` costs that has nothing to do but in which every thread takes part: how far
+/// they are from one another.
+pub fn phase_cost(pool: &mut Pool) -> Duration {
+    let threads = pool.threads();
+    let phases = best(WINDOWS, || {
+        for _ in 0..PHASES {
+            let missing = AtomicUsize::new(threads);
+            pool.phase(threads, |_| {
+                missing.fetch_sub(1, Ordering::AcqRel);
+                let mut spins = 0u32;
+                while missing.load(Ordering::Acquire) > 0 {
+                    std::hint::spin_loop();
+                    spins += 1;
+                    // Whoever is missing may wait for this core.
+                    if spins.is_multiple_of(1 << 12) {
+                        std::thread::yield_now();
+                    }
+                }
+            });
+        }
+    });
+    Duration::from_secs_f64(phases) / PHASES
 }
 
 /// Multiplications and additions of bytes per second, as the dots of `isa` do them; none where
@@ -216,6 +243,7 @@ mod tests {
     fn rates_are_those_of_instructions_that_there_are() {
         let mut pool = Pool::new(1).unwrap();
         assert!(read_rate(&mut pool, &vec![1; 4 << 20]) > 0.0);
+        assert!(phase_cost(&mut Pool::new(2).unwrap()) > Duration::ZERO);
         for isa in Isa::available() {
             assert_eq!(fma_rate(&mut pool, isa).is_some(), isa != Isa::Scalar);
             assert_eq!(dot_rate(&mut pool, isa).is_some(), isa != Isa::Scalar);

@@ -117,6 +117,11 @@ impl Group {
         let before = self.position * (self.position + 1) / 2;
         self.sequences * (last - before)
     }
+
+    /// Tokens that the last row of each attends to, in all.
+    pub(super) fn last(&self) -> usize {
+        self.sequences * self.end()
+    }
 }
 
 /// A step, laid out for the backend.

@@ -15,7 +15,7 @@ use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
 use shoal_kernels::arena::Arena;
 use shoal_kernels::kv::KvType;
-use shoal_kernels::limits::{dot_rate, fma_rate, read_rate};
+use shoal_kernels::limits::{dot_rate, fma_rate, phase_cost, read_rate};
 use shoal_kernels::lines::Lines;
 use shoal_kernels::logits::BLOCK;
 use shoal_kernels::pool::Pool;
@@ -74,25 +74,44 @@ pub(crate) fn run(args: &EngineArgs, path: &Path) -> Result<Report, EngineBenchE
     let started = Instant::now();
     let backend = CpuBackend::load(&gguf, spec, options)?;
     let load = started.elapsed();
-    let limits = limits(threads, isa)?;
+    let mut probe = Probe::new(threads, isa)?;
     let mut bench = Bench::new(backend, kv, sampling);
     bench.touch()?;
     let mut measured = Vec::new();
+    let mut before = probe.limits();
     for (case, layouts) in cases.iter().zip(&layouts) {
-        measured.push(bench.measure(case, layouts, args.time)?);
+        let steps = bench.measure(case, layouts, args.time)?;
+        let after = probe.limits();
+        measured.push((steps, before.mean(&after)));
+        before = after;
     }
-    Ok(Report::new(isa, threads, load, limits, measured))
+    Ok(Report::new(isa, threads, load, measured))
 }
 
-fn limits(threads: usize, isa: Isa) -> Result<Limits, EngineBenchError> {
-    let mut pool = Pool::new(threads)?;
-    let mut arena = Arena::new(READ_BYTES)?;
-    arena.as_mut_slice().fill(1);
-    Ok(Limits {
-        read: read_rate(&mut pool, arena.as_slice()),
-        dots: dot_rate(&mut pool, isa),
-        fmas: fma_rate(&mut pool, isa),
-    })
+/// Finds the limits of the machine. A virtual one changes them: its cores are moved, or share
+/// memory with others.
+struct Probe {
+    pool: Pool,
+    arena: Arena,
+    isa: Isa,
+}
+
+impl Probe {
+    fn new(threads: usize, isa: Isa) -> Result<Self, EngineBenchError> {
+        let (pool, mut arena) = (Pool::new(threads)?, Arena::new(READ_BYTES)?);
+        arena.as_mut_slice().fill(1);
+        Ok(Self { pool, arena, isa })
+    }
+
+    fn limits(&mut self) -> Limits {
+        let Self { pool, arena, isa } = self;
+        Limits {
+            read: read_rate(pool, arena.as_slice()),
+            dots: dot_rate(pool, *isa),
+            fmas: fma_rate(pool, *isa),
+            phase: phase_cost(pool),
+        }
+    }
 }
 
 /// Nothing but the steps runs in this process.
@@ -206,7 +225,9 @@ impl Bench {
         let groups = || case.steps.iter().flatten();
         if phase == Phase::Attention {
             let token = CpuBackend::page_bytes(spec, self.kv) / PAGE_TOKENS;
-            let attended: usize = groups().map(Group::attended).sum();
+            // The last layer attends with the last row of a sequence alone.
+            let attended = |group: &Group| (spec.n_layer - 1) * group.attended() + group.last();
+            let attended: usize = groups().map(attended).sum();
             // An instruction for pairs of int16, which int8 become, does two of these.
             let at_once = match self.kv {
                 KvType::Bf16 => 1,
@@ -216,18 +237,20 @@ impl Bench {
                 bytes: groups().map(Group::tokens).sum::<usize>() * token,
                 dots: 0,
                 // A query head reads a token's key and its value.
-                fmas: 4 * attended * spec.n_layer * spec.n_head * spec.head_dim / at_once,
+                fmas: 4 * attended * spec.n_head * spec.head_dim / at_once,
             };
         }
         let rows: usize = layouts.iter().map(Layout::rows).sum();
         let logits: usize = layouts.iter().map(Layout::logits).sum();
+        // Of the last layer, what comes after keys and values is done for rows with logits alone.
+        let after = rows * (spec.n_layer - 1) + logits;
         let (heads, kv) = (spec.n_head * spec.head_dim, spec.n_kv_head * spec.head_dim);
         let weights = match phase {
             Phase::Begin | Phase::Norm | Phase::Attention => 0,
             Phase::Qkv => rows * spec.n_layer * spec.d_model * (heads + 2 * kv),
-            Phase::Output => rows * spec.n_layer * spec.d_model * heads,
-            Phase::GateUp => rows * spec.n_layer * spec.d_model * 2 * spec.d_ff,
-            Phase::Down => rows * spec.n_layer * spec.d_model * spec.d_ff,
+            Phase::Output => after * spec.d_model * heads,
+            Phase::GateUp => after * spec.d_model * 2 * spec.d_ff,
+            Phase::Down => after * spec.d_model * spec.d_ff,
             Phase::Head => logits * spec.d_model * spec.vocab,
         };
         Work {

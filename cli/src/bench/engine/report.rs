@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 use shoal_kernels::Isa;
 
-/// What the machine can do in a second.
+/// What the machine can do in a second, and what it takes its threads to meet.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     /// Bytes read from memory.
@@ -15,6 +15,8 @@ pub(super) struct Limits {
     pub(super) dots: Option<f64>,
     /// Operations on f32.
     pub(super) fmas: Option<f64>,
+    /// A phase without work.
+    pub(super) phase: Duration,
 }
 
 /// What must be done at least.
@@ -50,6 +52,17 @@ pub(super) struct Measured {
 }
 
 impl Limits {
+    /// Between these and others.
+    pub(super) fn mean(&self, other: &Self) -> Self {
+        let of = |a: Option<f64>, b: Option<f64>| a.zip(b).map(|(a, b)| (a + b) / 2.0);
+        Self {
+            read: (self.read + other.read) / 2.0,
+            dots: of(self.dots, other.dots),
+            fmas: of(self.fmas, other.fmas),
+            phase: (self.phase + other.phase) / 2,
+        }
+    }
+
     /// The least seconds for some work: on reading, on dots and on multiply-adds.
     fn seconds(&self, work: Work) -> [f64; 3] {
         let of = |amount: usize, rate: Option<f64>| rate.map_or(0.0, |rate| amount as f64 / rate);
@@ -71,9 +84,6 @@ pub(crate) struct Report {
     isa: String,
     threads: usize,
     load_ms: f64,
-    read_gb_s: f64,
-    dot_tops: Option<f64>,
-    fma_tflops: Option<f64>,
     cases: Vec<CaseReport>,
 }
 
@@ -92,6 +102,11 @@ struct CaseReport {
     limit_percent: f64,
     /// The share of the threads' time that went to other processes.
     wait_percent: f64,
+    /// The limits, as they were found before the case and after it.
+    read_gb_s: f64,
+    dot_tops: Option<f64>,
+    fma_tflops: Option<f64>,
+    phase_us: f64,
     parts: Vec<PartReport>,
 }
 
@@ -107,10 +122,9 @@ impl Report {
         isa: Isa,
         threads: usize,
         load: Duration,
-        limits: Limits,
-        cases: Vec<Measured>,
+        cases: Vec<(Measured, Limits)>,
     ) -> Self {
-        let case = |case: Measured| {
+        let case = |(case, limits): (Measured, Limits)| {
             let parts = case.parts.iter();
             let mut sums = [0.0; 3];
             for part in parts.clone() {
@@ -128,6 +142,10 @@ impl Report {
                 fma_percent: fma,
                 limit_percent: 100.0 * floor / case.seconds,
                 wait_percent: 100.0 * case.waited,
+                read_gb_s: limits.read / 1e9,
+                dot_tops: limits.dots.map(|rate| rate / 1e12),
+                fma_tflops: limits.fmas.map(|rate| rate / 1e12),
+                phase_us: limits.phase.as_secs_f64() * 1e6,
                 parts: parts
                     .map(|part| PartReport {
                         name: part.name,
@@ -142,9 +160,6 @@ impl Report {
             isa: format!("{isa:?}"),
             threads,
             load_ms: load.as_secs_f64() * 1e3,
-            read_gb_s: limits.read / 1e9,
-            dot_tops: limits.dots.map(|rate| rate / 1e12),
-            fma_tflops: limits.fmas.map(|rate| rate / 1e12),
             cases: cases.into_iter().map(case).collect(),
         }
     }
@@ -155,24 +170,31 @@ impl fmt::Display for Report {
         let tera = |rate: Option<f64>| rate.map_or("-".to_owned(), |rate| format!("{rate:.2}"));
         writeln!(
             f,
-            "{}, {} threads: reads {:.1} GB/s, {} T dot operations/s, {} TFLOPS; loaded in {:.0} ms\n",
-            self.isa,
-            self.threads,
-            self.read_gb_s,
-            tera(self.dot_tops),
-            tera(self.fma_tflops),
-            self.load_ms,
+            "{}, {} threads; loaded in {:.0} ms\n",
+            self.isa, self.threads, self.load_ms,
         )?;
         let width = self.cases.iter().map(|c| c.name.len()).max().unwrap_or(0);
         writeln!(
             f,
-            "{:width$} {:>9} {:>9} {:>7} {:>6} {:>6} {:>6} {:>6} {:>6}",
-            "", "ms", "least", "tok/s", "read%", "dots%", "fma%", "limit%", "wait%"
+            "{:width$} {:>9} {:>9} {:>7} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {:>5} {:>6} {:>8}",
+            "",
+            "ms",
+            "least",
+            "tok/s",
+            "read%",
+            "dots%",
+            "fma%",
+            "limit%",
+            "wait%",
+            "GB/s",
+            "TOPS",
+            "TFLOPS",
+            "phase us"
         )?;
         for c in &self.cases {
             writeln!(
                 f,
-                "{:width$} {:>9.3} {:>9.3} {:>7.0} {:>6.0} {:>6.0} {:>6.0} {:>6.0} {:>6.1}",
+                "{:width$} {:>9.3} {:>9.3} {:>7.0} {:>6.0} {:>6.0} {:>6.0} {:>6.0} {:>6.1} {:>7.1} {:>5} {:>6} {:>8.2}",
                 c.name,
                 c.ms,
                 c.least_ms,
@@ -181,7 +203,11 @@ impl fmt::Display for Report {
                 c.dot_percent,
                 c.fma_percent,
                 c.limit_percent,
-                c.wait_percent
+                c.wait_percent,
+                c.read_gb_s,
+                tera(c.dot_tops),
+                tera(c.fma_tflops),
+                c.phase_us
             )?;
         }
         writeln!(f, "\nms of each part (and % of what limits it)")?;
@@ -214,6 +240,7 @@ mod tests {
             read: 100.0,
             dots: Some(1000.0),
             fmas: None,
+            phase: Duration::ZERO,
         };
         let part = |bytes, dots| Part {
             name: "part",
@@ -232,7 +259,7 @@ mod tests {
             waited: 0.5,
             parts: vec![part(100, 500), part(0, 2000)],
         };
-        let report = Report::new(Isa::Scalar, 2, Duration::ZERO, limits, vec![measured]);
+        let report = Report::new(Isa::Scalar, 2, Duration::ZERO, vec![(measured, limits)]);
         let case = &report.cases[0];
         assert_eq!(
             case.parts

@@ -46,10 +46,17 @@ impl CpuBackend {
         self.embed(batch)?;
         self.times.lap(Phase::Begin);
         for layer in 0..self.spec.n_layer {
-            self.attention(layer)?;
+            self.project(layer);
+            if layer + 1 == self.spec.n_layer {
+                self.keep_wanted(batch);
+                if batch.logit_rows.is_empty() {
+                    return Ok(());
+                }
+            }
+            self.attend(layer)?;
             self.feed_forward(layer)?;
         }
-        self.head(batch, logits)
+        self.head(logits)
     }
 
     fn embed(&mut self, batch: &Batch<'_>) -> Result<(), CollectiveError> {
@@ -73,19 +80,12 @@ impl CpuBackend {
         Ok(())
     }
 
-    fn attention(&mut self, index: usize) -> Result<(), CollectiveError> {
+    fn project(&mut self, index: usize) {
         let (spec, isa, team) = (&self.spec, self.options.isa, &mut self.team);
         let (layer, rows) = (&self.weights.layers[index], self.plan.rows());
         let s = &mut self.scratch;
         let x = &mut s.residual[..rows * spec.d_model];
-        norm_quantize(
-            team,
-            x,
-            None,
-            &layer.attn_norm,
-            spec.rms_eps,
-            &mut s.attn_in,
-        );
+        norm_quantize(team, x, &layer.attn_norm, spec.rms_eps, &mut s.attn_in);
         self.times.lap(Phase::Norm);
 
         let heads = self.heads;
@@ -121,6 +121,12 @@ impl CpuBackend {
             },
         );
         self.times.lap(Phase::Qkv);
+    }
+
+    fn attend(&mut self, index: usize) -> Result<(), CollectiveError> {
+        let (layer, rows) = (&self.weights.layers[index], self.plan.rows());
+        let (team, s) = (&mut self.team, &mut self.scratch);
+        let x = &mut s.residual[..rows * self.spec.d_model];
         self.kv
             .attend(team, index, &mut self.plan, &s.queries, &mut s.attn_out);
         self.times.lap(Phase::Attention);
@@ -135,7 +141,7 @@ impl CpuBackend {
         let (layer, rows) = (&self.weights.layers[index], self.plan.rows());
         let s = &mut self.scratch;
         let x = &mut s.residual[..rows * spec.d_model];
-        norm_quantize(team, x, None, &layer.ffn_norm, spec.rms_eps, &mut s.ffn_in);
+        norm_quantize(team, x, &layer.ffn_norm, spec.rms_eps, &mut s.ffn_in);
         self.times.lap(Phase::Norm);
         let gate_up = self.weights.linear(&layer.gate_up);
         gated(team, gate_up, &s.ffn_in, rows, &mut s.ffn_out);
@@ -146,21 +152,11 @@ impl CpuBackend {
         Ok(())
     }
 
-    fn head(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), CollectiveError> {
+    fn head(&mut self, logits: &mut [f32]) -> Result<(), CollectiveError> {
         let (spec, team, s) = (&self.spec, &mut self.team, &mut self.scratch);
-        let (weight, picked) = (&self.weights.output_norm, batch.logit_rows);
-        let rows = picked.len();
-        if rows == 0 {
-            return Ok(());
-        }
-        norm_quantize(
-            team,
-            &s.residual,
-            Some(picked),
-            weight,
-            spec.rms_eps,
-            &mut s.head,
-        );
+        let (weight, rows) = (&self.weights.output_norm, self.plan.rows());
+        let x = &s.residual[..rows * spec.d_model];
+        norm_quantize(team, x, weight, spec.rms_eps, &mut s.head);
         self.times.lap(Phase::Norm);
         let head = self.weights.linear(&self.weights.head);
         if let Some(group) = self.group.as_mut().filter(|group| group.rank() > 0) {

@@ -9,6 +9,7 @@ mod forward;
 mod pack;
 mod phases;
 mod shard;
+mod wanted;
 mod weights;
 mod words;
 
@@ -19,7 +20,7 @@ use shoal_collective::Collective;
 use shoal_gguf::Gguf;
 use shoal_kernels::Isa;
 use shoal_kernels::attention::MAX_QUERIES;
-use shoal_kernels::kv::{HEAD_MULTIPLE, Heads, KvPool, KvType, Plan, Run};
+use shoal_kernels::kv::{HEAD_MULTIPLE, Heads, KvPool, KvType, Plan};
 use shoal_kernels::lines::Lines;
 use shoal_kernels::logits;
 use shoal_kernels::quant::{Activations, BLOCK, SumOrder};
@@ -329,7 +330,7 @@ impl CpuBackend {
         result
     }
 
-    /// The residual stream of the last step's first rows: every rank has the same.
+    /// The residual stream of the last step's rows whose logits were wanted: every rank has the same.
     pub fn residual(&self) -> &[f32] {
         &self.scratch.residual[..self.plan.rows() * self.spec.d_model]
     }
@@ -349,12 +350,7 @@ impl CpuBackend {
     fn run(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
         self.fits(batch)?;
         self.times = PhaseTimes::start();
-        self.plan.set(batch.segments.iter().map(|segment| Run {
-            row: segment.rows.start as usize,
-            rows: segment.rows.len(),
-            position: batch.positions[segment.rows.start as usize] as usize,
-            pages: &batch.page_table[segment.pages.start as usize..segment.pages.end as usize],
-        }));
+        self.plan.set(wanted::all(batch));
         self.scratch.set_prompts(batch)?;
         Ok(self.forward(batch, logits)?)
     }

@@ -67,7 +67,8 @@ pub(super) fn decode<'a>(words: &'a [u32], segments: &'a mut Vec<Segment>) -> Op
         }
         segments.push(segment);
     }
-    let good = rest.is_empty() && logit_rows.iter().all(|&row| (row as usize) < rows);
+    let ascending = logit_rows.is_sorted_by(|row, next| row < next);
+    let good = rest.is_empty() && ascending && logit_rows.iter().all(|&row| (row as usize) < rows);
     good.then_some(Batch {
         tokens,
         positions,
@@ -136,6 +137,10 @@ mod tests {
             bad[at] = 5;
             assert!(decode(&bad, &mut decoded).is_none(), "{at}");
         }
+        // The same logit row twice.
+        let mut bad = good.clone();
+        bad[good.len() - 2] = good[good.len() - 1];
+        assert!(decode(&bad, &mut decoded).is_none());
         let mut bad = good;
         bad[1] = u32::MAX;
         assert!(decode(&bad, &mut decoded).is_none());

@@ -154,6 +154,11 @@ impl Activations {
         self.prompts = first.min(self.rows);
     }
 
+    /// The first row of a prompt.
+    pub fn prompts(&self) -> usize {
+        self.prompts
+    }
+
     /// The order in which products of prompts sum.
     pub(crate) fn order(&self) -> SumOrder {
         self.order
