@@ -18,7 +18,7 @@ import time
 
 from aiohttp import web
 
-POOL_TOKENS = 8192  # 192 MiB of bf16 keys and values of the demo model
+POOL_TOKENS = 8192  # 180 MiB of bf16 keys and values of the demo model
 PAGE = 32
 
 

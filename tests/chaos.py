@@ -5,7 +5,8 @@ compares every answer with the one that an undisturbed cluster gave.
   tests/chaos.py --minutes 10                  # four workers of one rank
   tests/chaos.py --minutes 10 --groups 2,2     # two groups of two ranks
 
-Exits with 1 if a request failed or an answer differs in a single character or token.
+Exits with 1 if a request failed or an answer differs in a single character or token (with groups of several
+sizes, whose tokens differ: in its number of tokens).
 """
 
 import argparse

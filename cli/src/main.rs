@@ -155,13 +155,13 @@ fn run(cli: Cli, started: Instant) -> Result<(), CliError> {
     Ok(())
 }
 
-/// The settings in force, as a configuration file would have them.
+/// The settings that are made, as a configuration file would have them.
 fn print_config<S: Section>(settings: &S) -> Result<(), CliError> {
     let text = toml::to_string(settings)?;
     model::print(|out| write!(out, "[{}]\n{text}", S::NAME))
 }
 
-/// The settings in force of a role and of how it finds the cluster.
+/// The settings that are made of a role and of how it finds the cluster.
 fn print_role<S: Section>(settings: &S, membership: &MembershipSettings) -> Result<(), CliError> {
     print_config(settings)?;
     model::print(|out| writeln!(out))?;

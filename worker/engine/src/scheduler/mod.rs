@@ -242,7 +242,7 @@ impl Scheduler {
     }
 
     /// What prompt rows may take of a step. Where streams are broken off, the others have longer
-    /// steps for a while, and no time is kept for their drafts.
+    /// steps for a while, and no time is kept for drafts but the least.
     fn allowance(&self, decodes: usize, drafted: usize) -> Allowance {
         let target = self.limits.itl_target;
         let mut next = self.running.iter().chain(self.waiting.values().next());
