@@ -123,4 +123,22 @@ fn long_context(kv: KvType) {
     assert!(run(1, 256, 0) == alone, "threads");
     assert!(run(2, 97, 9) == alone, "chunks");
     assert!(run(3, 31, 1) == alone, "more threads than processors");
+    // Where the last row of a chunk alone wants logits.
+    for threads in [1, 2, 3] {
+        let mut backend = cpu_keeping(kv, &gguf, Isa::detect(), threads);
+        let vocab = backend.spec().vocab;
+        let mut sequence = Sequence::new((20..60).rev().collect());
+        let mut row = 0;
+        for part in tokens.chunks(97) {
+            let mut step = Step::default();
+            step.push(&mut sequence, part, Role::Prompt);
+            let step = step.wanting(&[part.len() as u32 - 1]);
+            row += part.len();
+            let logits = step.run(&mut backend).expect("a step");
+            assert!(
+                logits == alone[(row - 1) * vocab..][..vocab],
+                "row {row}, {threads} threads"
+            );
+        }
+    }
 }

@@ -29,11 +29,26 @@ pub struct Batch<'a> {
     pub segments: &'a [Segment],
     /// KV pages of all sequences, one after the other; `Segment::pages` points in here.
     pub page_table: &'a [u32],
-    /// Rows whose logits are wanted, ascending.
+    /// Rows whose logits are wanted, each once, ascending.
     pub logit_rows: &'a [u32],
 }
 
 impl Batch<'_> {
+    /// Whether it has at most so many rows, and so many of them want logits.
+    ///
+    /// # Errors
+    /// [`BackendError::BatchTooLarge`] if not.
+    pub fn fits(&self, rows: usize, logit_rows: usize) -> Result<(), BackendError> {
+        let limits = [
+            (self.tokens.len(), rows),
+            (self.logit_rows.len(), logit_rows),
+        ];
+        match limits.into_iter().find(|(rows, max)| rows > max) {
+            Some((rows, max)) => Err(BackendError::BatchTooLarge { rows, max }),
+            None => Ok(()),
+        }
+    }
+
     /// How many rows are those of outputs; `None` if prompts come before one.
     pub fn outputs(&self) -> Option<usize> {
         let is_output = |segment: &&Segment| segment.role == Role::Output;

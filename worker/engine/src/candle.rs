@@ -78,17 +78,6 @@ impl CandleBackend {
             model,
         })
     }
-
-    fn check(&self, batch: &Batch<'_>) -> Result<(), BackendError> {
-        let limits = [
-            (batch.tokens.len(), self.options.max_rows),
-            (batch.logit_rows.len(), self.options.max_logit_rows),
-        ];
-        match limits.into_iter().find(|(rows, max)| rows > max) {
-            Some((rows, max)) => Err(BackendError::BatchTooLarge { rows, max }),
-            None => Ok(()),
-        }
-    }
 }
 
 impl Backend for CandleBackend {
@@ -117,7 +106,7 @@ impl Backend for CandleBackend {
     }
 
     fn step(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
-        self.check(batch)?;
+        batch.fits(self.options.max_rows, self.options.max_logit_rows)?;
         if batch.tokens.is_empty() {
             return Ok(());
         }

@@ -4,7 +4,7 @@ use std::io;
 use std::ptr::NonNull;
 
 /// The size and alignment of a huge page, bytes.
-pub const HUGE_PAGE: usize = 2 << 20;
+pub(crate) const HUGE_PAGE: usize = 2 << 20;
 
 /// A zeroed mapping, aligned to [`HUGE_PAGE`], that asks the kernel for huge pages.
 ///
@@ -24,6 +24,9 @@ impl Arena {
     /// Maps `len` zeroed bytes, rounded up to whole huge pages and to at least one.
     ///
     /// Pages are taken from the system when they are first written, by the thread that does.
+    ///
+    /// # Errors
+    /// When the system refuses the memory.
     pub fn new(len: usize) -> io::Result<Self> {
         let len = len
             .max(1)
@@ -77,14 +80,14 @@ impl Arena {
 
     /// The bytes as words.
     #[inline]
-    pub fn as_words(&self) -> &[u32] {
+    pub(crate) fn as_words(&self) -> &[u32] {
         // SAFETY: as in `as_slice`; the mapping is aligned and its length a multiple of 4.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.len / 4) }
     }
 
     /// The bytes as words, to write.
     #[inline]
-    pub fn as_words_mut(&mut self) -> &mut [u32] {
+    pub(crate) fn as_words_mut(&mut self) -> &mut [u32] {
         // SAFETY: as in `as_words`, and `&mut self` makes the access exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.len / 4) }
     }

@@ -7,7 +7,7 @@ use crate::simd::{LANES, Lanes, dispatch};
 ///
 /// # Panics
 /// When the lengths differ or are not a multiple of 16.
-pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+pub(crate) fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let n = x.len();
     assert!(n == weight.len() && n == out.len() && n.is_multiple_of(LANES));
     let (x, weight, out) = (x.as_ptr(), weight.as_ptr(), out.as_mut_ptr());

@@ -103,9 +103,9 @@ impl Default for Stretch {
 
 impl Stretch {
     /// # Safety
-    /// Every item that was taken before has ended.
+    /// Every item of this stretch that was taken before has ended.
     unsafe fn set(&self, items: Range<u32>, job: Job) {
-        // SAFETY: nobody has an item, so nobody reads the cell.
+        // SAFETY: nobody has an item of the stretch, nor gets one before the store below.
         unsafe { *self.job.get() = job };
         let word = u64::from(items.end) << 32 | u64::from(items.start);
         self.items.store(word, Ordering::Release);
@@ -207,6 +207,9 @@ pub struct Pool {
 impl Pool {
     /// A pool of `threads` threads (at least one); whoever calls [`phase`](Self::phase) is the
     /// first.
+    ///
+    /// # Errors
+    /// When the system refuses a thread.
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let threads = threads.max(1);
         let shared = Arc::new(Shared {
@@ -241,7 +244,7 @@ impl Pool {
     ///
     /// # Panics
     /// When an item panics, after the others have ended, or when there are more than 2³² - 1.
-    pub fn phase(&mut self, items: usize, item: impl Fn(usize) + Sync) {
+    pub(crate) fn phase(&mut self, items: usize, item: impl Fn(usize) + Sync) {
         self.run(items, |_, i| item(i));
     }
 
@@ -250,7 +253,7 @@ impl Pool {
     ///
     /// # Panics
     /// As `phase`, and when there are fewer slots than threads.
-    pub fn phase_with<T: Send>(
+    pub(crate) fn phase_with<T: Send>(
         &mut self,
         slots: &mut [T],
         items: usize,
@@ -278,7 +281,7 @@ impl Pool {
         let item: *const (dyn Fn(usize, usize) + Sync) = unsafe { std::mem::transmute(item) };
         let start = |thread: usize| (u64::from(items) * thread as u64 / threads as u64) as u32;
         for (thread, stretch) in shared.open.iter().enumerate() {
-            // SAFETY: every item of the phase before has ended.
+            // SAFETY: every item of the phase before has ended, this stretch's among them.
             unsafe { stretch.0.set(start(thread)..start(thread + 1), item) };
         }
         self.items = self.items.wrapping_add(items);

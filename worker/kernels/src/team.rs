@@ -1,7 +1,7 @@
 //! The threads that compute, with what each needs beside its items.
 
 use crate::Isa;
-use crate::attention::{self, MAX_QUERIES};
+use crate::attention;
 use crate::gemm::{Panel, ROW_BLOCK};
 use crate::lines::Lines;
 use crate::pool::Pool;
@@ -36,9 +36,7 @@ impl Team {
     /// When the machine lacks `isa`.
     pub fn new(threads: usize, isa: Isa, width: usize, head_dim: usize) -> std::io::Result<Self> {
         let pool = Pool::new(threads)?;
-        let tile = width
-            .max(ROW_BLOCK * head_dim.max(GATED))
-            .max(MAX_QUERIES * head_dim);
+        let tile = width.max(ROW_BLOCK * head_dim.max(GATED));
         let scratch = (0..pool.threads()).map(|_| Scratch {
             tile: Lines::new(tile),
             panel: Panel::default(),

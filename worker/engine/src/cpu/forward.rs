@@ -49,6 +49,7 @@ impl CpuBackend {
             self.project(layer);
             if layer + 1 == self.spec.n_layer {
                 self.keep_wanted(batch);
+                self.times.lap(Phase::Begin);
                 if batch.logit_rows.is_empty() {
                     return Ok(());
                 }
@@ -166,6 +167,7 @@ impl CpuBackend {
             let (logits, maxima) = part.split_at_mut(rows * width);
             let to = (logits, width);
             gemm::logits(team, head, &s.head, rows, to, (maxima, blocks));
+            self.times.lap(Phase::Head);
             group.gather()?;
             return Ok(());
         }

@@ -157,6 +157,9 @@ impl CpuBackend {
     /// # Errors
     /// When a tensor is missing, the kernels can't take a width, or memory or threads are
     /// refused.
+    ///
+    /// # Panics
+    /// When the machine lacks the instruction set.
     pub fn load(gguf: &Gguf, spec: ModelSpec, options: CpuOptions) -> Result<Self, BackendError> {
         let shards = ShardPlan::new(&spec, 1)?;
         Self::load_rank(gguf, spec, options, shards, 0)
@@ -169,7 +172,7 @@ impl CpuBackend {
     /// As `load`.
     ///
     /// # Panics
-    /// When there is no such rank.
+    /// When there is no such rank, or the machine lacks the instruction set.
     pub fn load_rank(
         gguf: &Gguf,
         spec: ModelSpec,
@@ -323,8 +326,15 @@ impl CpuBackend {
         let words = std::mem::take(&mut self.words);
         let mut segments = std::mem::take(&mut self.segments);
         let result = match words::decode(&words, &mut segments) {
-            Some(batch) => self.run(&batch, &mut []),
-            None => Err(BackendError::Plan),
+            Some(batch)
+                if batch
+                    .page_table
+                    .iter()
+                    .all(|&page| page < self.options.pages) =>
+            {
+                self.fits(&batch).and_then(|()| self.run(&batch, &mut []))
+            }
+            _ => Err(BackendError::Plan),
         };
         (self.words, self.segments) = (words, segments);
         result
@@ -336,19 +346,10 @@ impl CpuBackend {
     }
 
     fn fits(&self, batch: &Batch<'_>) -> Result<(), BackendError> {
-        for (rows, max) in [
-            (batch.tokens.len(), self.options.max_rows),
-            (batch.logit_rows.len(), self.options.max_logit_rows),
-        ] {
-            if rows > max {
-                return Err(BackendError::BatchTooLarge { rows, max });
-            }
-        }
-        Ok(())
+        batch.fits(self.options.max_rows, self.options.max_logit_rows)
     }
 
     fn run(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
-        self.fits(batch)?;
         self.times = PhaseTimes::start();
         self.plan.set(wanted::all(batch));
         self.scratch.set_prompts(batch)?;
@@ -412,8 +413,8 @@ impl Backend for CpuBackend {
     }
 
     fn step(&mut self, batch: &Batch<'_>, logits: &mut [f32]) -> Result<(), BackendError> {
+        self.fits(batch)?;
         if self.shards.world() > 1 {
-            self.fits(batch)?;
             let group = self.group.as_mut().ok_or(BackendError::NoGroup)?;
             words::encode(batch, &mut self.words);
             group.broadcast(&mut self.words)?;

@@ -6,10 +6,9 @@ use shoal_kernels::kv::Run;
 use super::CpuBackend;
 use crate::backend::{Batch, Segment};
 
-/// Consecutive rows of a segment, the first of which becomes row `row`.
-fn run<'a>(batch: &Batch<'a>, segment: &Segment, row: usize, first: u32, rows: usize) -> Run<'a> {
+/// Consecutive rows of a segment.
+fn run<'a>(batch: &Batch<'a>, segment: &Segment, first: u32, rows: usize) -> Run<'a> {
     Run {
-        row,
         rows,
         position: batch.positions[first as usize] as usize,
         pages: &batch.page_table[segment.pages.start as usize..segment.pages.end as usize],
@@ -22,24 +21,18 @@ pub(super) fn all<'a>(batch: &Batch<'a>) -> impl Iterator<Item = Run<'a>> {
     let runs = batch.segments.iter();
     runs.map(move |segment| {
         let Segment { rows, .. } = segment;
-        run(&batch, segment, rows.start as usize, rows.start, rows.len())
+        run(&batch, segment, rows.start, rows.len())
     })
 }
 
 /// Those whose logits are wanted, one after the other.
 fn wanted<'a>(batch: &Batch<'a>) -> impl Iterator<Item = Run<'a>> {
     let (batch, mut picked) = (*batch, batch.logit_rows);
-    let runs = batch.segments.iter().flat_map(move |segment| {
+    batch.segments.iter().flat_map(move |segment| {
         let (here, rest) = picked.split_at(picked.partition_point(|&row| row < segment.rows.end));
         picked = rest;
         let consecutive = here.chunk_by(|row, next| row + 1 == *next);
-        consecutive.map(move |rows| (segment, rows))
-    });
-    let mut next = 0;
-    runs.map(move |(segment, rows)| {
-        let row = next;
-        next += rows.len();
-        run(&batch, segment, row, rows[0], rows.len())
+        consecutive.map(move |rows| run(&batch, segment, rows[0], rows.len()))
     })
 }
 
@@ -52,6 +45,7 @@ impl CpuBackend {
         }
         let s = &mut self.scratch;
         let (width, words) = (self.spec.d_model, self.heads.query_words());
+        // Ascending, so a row is copied before its place is taken.
         for (to, from) in picked.iter().map(|&row| row as usize).enumerate() {
             s.residual
                 .copy_within(from * width..(from + 1) * width, to * width);
@@ -72,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wanted_rows_are_numbered_anew_and_keep_their_places() {
+    fn wanted_rows_keep_their_places() {
         let segment = |rows, pages| Segment {
             rows,
             pages,
@@ -91,16 +85,12 @@ mod tests {
             logit_rows: &[1, 2, 3, 6],
         };
         let places = |runs: &mut dyn Iterator<Item = Run<'_>>| {
-            runs.map(|r| (r.row, r.rows, r.position, r.pages.to_vec()))
+            runs.map(|r| (r.rows, r.position, r.pages.to_vec()))
                 .collect::<Vec<_>>()
         };
         assert_eq!(
             places(&mut wanted(&batch)),
-            [
-                (0, 1, 6, vec![4]),
-                (1, 2, 30, vec![2, 3]),
-                (3, 1, 34, vec![2, 3])
-            ]
+            [(1, 6, vec![4]), (2, 30, vec![2, 3]), (1, 34, vec![2, 3])]
         );
         let every = Batch {
             logit_rows: &[0, 1, 2, 3, 4, 5, 6, 7],

@@ -159,13 +159,9 @@ impl Weights {
             return out.fill(0.0);
         }
         let linear = self.embedding.as_ref().unwrap_or(&self.head);
-        let mut row = token as usize - self.vocab.start;
-        for part in &linear.parts {
-            if row < part.layout.n() {
-                let data = &self.arena.as_slice()[part.offset..part.offset + part.layout.bytes()];
-                return part.layout.unpack_row(data, row, out);
-            }
-            row -= part.layout.n();
-        }
+        // It is one tensor, and so one matrix.
+        let Placed { layout, offset } = linear.parts[0];
+        let data = &self.arena.as_slice()[offset..offset + layout.bytes()];
+        layout.unpack_row(data, token as usize - self.vocab.start, out);
     }
 }

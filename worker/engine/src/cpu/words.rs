@@ -52,6 +52,7 @@ pub(super) fn decode<'a>(words: &'a [u32], segments: &'a mut Vec<Segment>) -> Op
     segments.clear();
     let within =
         |range: &Range<u32>, len: usize| range.start < range.end && range.end as usize <= len;
+    let mut next = 0;
     for &[first, end, first_page, end_page, role] in described.as_chunks::<SEGMENT>().0 {
         let segment = Segment {
             rows: first..end,
@@ -62,13 +63,19 @@ pub(super) fn decode<'a>(words: &'a [u32], segments: &'a mut Vec<Segment>) -> Op
                 Role::Output
             },
         };
-        if !within(&segment.rows, rows) || !within(&segment.pages, pages) {
+        if first != next || !within(&segment.rows, rows) || !within(&segment.pages, pages) {
             return None;
         }
+        let reach = positions[first as usize] as usize + segment.rows.len();
+        if reach.div_ceil(PAGE_TOKENS) > segment.pages.len() {
+            return None;
+        }
+        next = end;
         segments.push(segment);
     }
     let ascending = logit_rows.is_sorted_by(|row, next| row < next);
-    let good = rest.is_empty() && ascending && logit_rows.iter().all(|&row| (row as usize) < rows);
+    let whole = rest.is_empty() && next as usize == rows;
+    let good = whole && ascending && logit_rows.iter().all(|&row| (row as usize) < rows);
     good.then_some(Batch {
         tokens,
         positions,
@@ -135,6 +142,12 @@ mod tests {
         for at in [13, 15, 18, 20, good.len() - 1] {
             let mut bad = good.clone();
             bad[at] = 5;
+            assert!(decode(&bad, &mut decoded).is_none(), "{at}");
+        }
+        // Rows that no segment has, and positions past its pages.
+        for (at, word) in [(12, 1), (17, 2), (8, 62)] {
+            let mut bad = good.clone();
+            bad[at] = word;
             assert!(decode(&bad, &mut decoded).is_none(), "{at}");
         }
         // The same logit row twice.

@@ -49,8 +49,8 @@ mod asked {
     use crate::Isa;
     use crate::gemm::{Outputs, Write};
 
-    /// CPUID 7.0, EDX: tiles, and their products of bytes and of brain floats.
-    const PRODUCTS: u32 = 1 << 24 | 1 << 25 | 1 << 22;
+    /// CPUID 7.0, EDX: tiles, and their products of brain floats.
+    const PRODUCTS: u32 = 1 << 24 | 1 << 22;
 
     /// CPUID 1, ECX: the system has enabled XGETBV.
     const OSXSAVE: u32 = 1 << 27;

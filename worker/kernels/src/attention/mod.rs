@@ -32,7 +32,7 @@ use crate::lines::Lines;
 use crate::simd::{LANES, Lanes, dispatch};
 
 /// Tokens in a page.
-pub const PAGE: usize = 32;
+pub(crate) const PAGE: usize = shoal_core::PAGE_TOKENS;
 /// Tokens whose scores share one maximum.
 pub(crate) const SPAN: usize = 2 * PAGE;
 /// Most queries of one call, and of one key–value head.

@@ -104,7 +104,7 @@ pub(crate) unsafe fn append_key(isa: Isa, kv: KvType, keys: *mut u32, offset: us
     }
 }
 
-/// Asks for the lines that [`append_key`] writes, which are as many as the key has pairs.
+/// Asks for the lines that [`append_key`] writes: one for each pair of the key, or for two of int8.
 pub(crate) fn expect_key(isa: Isa, kv: KvType, keys: *const u32, offset: usize, hd: usize) {
     let tokens = kv.scales_at(hd) * LANES / PAGE;
     let first = keys.wrapping_add(offset / LANES * tokens);

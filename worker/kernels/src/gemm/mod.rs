@@ -141,8 +141,8 @@ impl<'a> Linear<'a> {
             let (from, to) = (columns.start.max(first), columns.end.min(end));
             if from < to {
                 let strips = (from - first) / STRIP..(to - first).div_ceil(STRIP);
-                debug_assert!((from - first).is_multiple_of(STRIP));
-                debug_assert!(to == end || (to - first).is_multiple_of(STRIP));
+                assert!((from - first).is_multiple_of(STRIP));
+                assert!(to == end || (to - first).is_multiple_of(STRIP));
                 let task = Task {
                     layout,
                     data: &self.data[*offset..offset + layout.bytes()],

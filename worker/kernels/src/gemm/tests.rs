@@ -582,3 +582,16 @@ proptest! {
         check(&packed, &x, &product(&[packed.matrix()], &x, threads));
     }
 }
+
+#[test]
+#[should_panic = "is_multiple_of(STRIP)"]
+fn an_item_that_begins_within_a_strip_is_refused() {
+    let layouts = [8, 56].map(|n| Layout::new(n, 32, Format::U4Min).unwrap());
+    let matrices = layouts.map(|layout| (layout, vec![0; layout.bytes()]));
+    let matrices: Vec<Matrix<'_>> = matrices.iter().map(|(l, b)| (*l, &b[..])).collect();
+    let (data, parts) = stacked(&matrices);
+    let acts = activations(Isa::Scalar, &[0.0; 32], &matrices);
+    let mut out = Activations::new(1, 32, [Precision::Int8]);
+    let mut team = Team::new(1, Isa::Scalar, 0, 0).unwrap();
+    gated(&mut team, Linear::new(&data, &parts), &acts, 1, &mut out);
+}

@@ -122,6 +122,9 @@ impl KvPool {
     }
 
     /// `pages` zeroed pages for each of `layers` layers.
+    ///
+    /// # Errors
+    /// When the system refuses the memory.
     pub fn new(kv: KvType, heads: Heads, layers: usize, pages: usize) -> io::Result<Self> {
         let shape = shape(kv, heads, layers);
         Ok(Self {

@@ -1,4 +1,5 @@
-//! Who attends to what: made once for a step, used by every layer.
+//! Who attends to what: made once for a step, used by every layer, but for a last one that goes on
+//! with fewer rows.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -16,12 +17,10 @@ const LEAST_SPANS: usize = 2;
 /// Most numbers that wait for a merge.
 const PARTIALS: usize = 1 << 20;
 
-/// Rows of one sequence at consecutive positions.
+/// The next rows of a step: those of one sequence at consecutive positions.
 #[derive(Clone, Debug)]
 pub struct Run<'a> {
-    /// First row; the runs cover all rows, one after the other.
-    pub row: usize,
-    /// Number of rows.
+    /// How many.
     pub rows: usize,
     /// Position of the first row.
     pub position: usize,
@@ -146,7 +145,8 @@ impl Plan {
         &self.table[block.table.clone()]
     }
 
-    /// Plans a step.
+    /// Plans a step, whose rows are those of the runs, one after the other. No two of them have one place
+    /// in a page.
     ///
     /// # Panics
     /// When a run has no page for a row.
@@ -156,7 +156,7 @@ impl Plan {
         self.table.clear();
         self.blocks.clear();
         for run in runs {
-            assert_eq!(run.row, self.slots.len());
+            let row = self.slots.len();
             let pages = &run.pages[..(run.position + run.rows).div_ceil(PAGE)];
             let table = self.table.len()..self.table.len() + pages.len();
             self.table.extend_from_slice(pages);
@@ -166,7 +166,7 @@ impl Plan {
             );
             self.blocks
                 .extend((0..run.rows).step_by(step).map(|first| Block {
-                    row: run.row + first,
+                    row: row + first,
                     rows: step.min(run.rows - first),
                     position: run.position + first,
                     table: table.clone(),

@@ -58,17 +58,12 @@ impl Rig {
         for (row, x) in inputs.chunks_exact(WIDTH).enumerate() {
             acts.write(isa, row, 0, x);
         }
-        let mut row = 0;
-        self.plan.set(sequences.iter().map(|&(position, x, pages)| {
-            let rows = x.len() / WIDTH;
-            row += rows;
-            Run {
-                row: row - rows,
-                rows,
+        self.plan
+            .set(sequences.iter().map(|&(position, x, pages)| Run {
+                rows: x.len() / WIDTH,
                 position,
                 pages,
-            }
-        }));
+            }));
         let parts = [self.part];
         let linear = Linear::new(&self.weights, &parts);
         let width = self.heads.q * self.heads.dim;

@@ -40,12 +40,12 @@ impl Format {
     }
 
     /// Columns of a tile.
-    pub const fn tile_columns(self) -> usize {
+    pub(crate) const fn tile_columns(self) -> usize {
         if self.is_float() { 1 } else { TILE }
     }
 
     /// Bytes of a tile.
-    pub const fn tile_bytes(self) -> usize {
+    pub(crate) const fn tile_bytes(self) -> usize {
         let per_row = match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,

@@ -19,7 +19,7 @@ use crate::pool::Scatter;
 use crate::team::Team;
 
 /// Output rows in a strip.
-pub const STRIP: usize = 16;
+pub(crate) const STRIP: usize = 16;
 /// Columns in a tile of quants.
 pub const TILE: usize = 32;
 
@@ -114,6 +114,9 @@ pub struct Layout {
 
 impl Layout {
     /// For `n` output rows of `k` weights. Quants come in whole tiles of 32 columns.
+    ///
+    /// # Errors
+    /// When there are none, they fill no whole tiles, or are more than memory can hold.
     pub fn new(n: usize, k: usize, format: Format) -> Result<Self, ShapeError> {
         let error = ShapeError { n, k, format };
         if n == 0 || k == 0 || !k.is_multiple_of(format.tile_columns()) {

@@ -4,8 +4,8 @@
 //! closer to f32, and what matrix units multiply. Which rows are, the caller says.
 //!
 //! A block with the greatest magnitude `m` has the scale `m / 127` and the values
-//! `round(x * (127 / m))`, ties to even, in [-127, 127]. A block below [`TINY`] is zero; a
-//! block with an infinity or a NaN has a NaN scale, so that the fault stays visible in its
+//! `round(x * (127 / m))`, ties to even, in [-127, 127]. A block below 127 times the least normal
+//! f32 is zero, so that no scale is subnormal and no reciprocal overflows; a block with an infinity or a NaN has a NaN scale, so that the fault stays visible in its
 //! own row and in no other.
 
 #[cfg(target_arch = "aarch64")]
@@ -27,10 +27,6 @@ pub(crate) const GROUP: usize = 8;
 
 /// The greatest value of a block.
 const MOST: f32 = 127.0;
-
-/// Blocks whose greatest magnitude is less are zero: 127 times the least normal f32, so that
-/// no scale is subnormal and no reciprocal overflows.
-pub const TINY: f32 = MOST * f32::MIN_POSITIVE;
 
 /// A block of 32 quantised activations, with the sums that the weights' zeros and minima need.
 #[derive(Clone, Copy, Debug, Default)]
@@ -173,17 +169,17 @@ impl Activations {
     }
 
     /// The most rows it holds.
-    pub fn rows(&self) -> usize {
+    pub(crate) fn rows(&self) -> usize {
         self.rows
     }
 
     /// Values in a row.
-    pub fn k(&self) -> usize {
+    pub(crate) fn k(&self) -> usize {
         self.k
     }
 
     /// Whether they are kept so.
-    pub fn holds(&self, precision: Precision) -> bool {
+    pub(crate) fn holds(&self, precision: Precision) -> bool {
         match precision {
             Precision::Int8 => self.int8.is_some(),
             Precision::F32 => self.f32.is_some(),
@@ -207,7 +203,7 @@ impl Activations {
     ///
     /// # Panics
     /// As `write`.
-    pub unsafe fn write_shared(&self, isa: Isa, row: usize, first: usize, x: &[f32]) {
+    pub(crate) unsafe fn write_shared(&self, isa: Isa, row: usize, first: usize, x: &[f32]) {
         assert!(row < self.rows && first <= self.k && x.len() <= self.k - first);
         if let Some(floats) = &self.f32 {
             for (i, &x) in x.iter().enumerate() {
@@ -216,7 +212,9 @@ impl Activations {
                 unsafe { at.write(x) };
             }
         }
-        let Some(blocks) = &self.int8 else { return };
+        if self.int8.is_none() {
+            return;
+        }
         let (x, rest) = x.as_chunks::<BLOCK>();
         assert!(
             rest.is_empty() && first.is_multiple_of(BLOCK),
@@ -231,8 +229,7 @@ impl Activations {
             dispatch!(isa, write_pairs::<_>(x: &[[f32; BLOCK]], out: *mut PairBlock));
             return;
         }
-        let at = self.index(row, first / BLOCK, self.k / BLOCK);
-        let out = UnsafeCell::raw_get(blocks[at..].as_ptr());
+        let out = self.block(row, first / BLOCK);
         match isa.checked() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `checked` found the features, the blocks are of the row, as checked
@@ -253,7 +250,7 @@ impl Activations {
         }
     }
 
-    /// The place of a block. The next block of the row is [`GROUP`] further, the same block
+    /// The place of a block, from which on its slice may be read or written. The next block of the row is [`GROUP`] further, the same block
     /// of the next row of the group 1 further.
     ///
     /// # Panics
@@ -261,7 +258,10 @@ impl Activations {
     #[inline]
     pub(crate) fn block(&self, row: usize, block: usize) -> *mut QuantBlock {
         match &self.int8 {
-            Some(blocks) => blocks[self.index(row, block, self.k / BLOCK)].get(),
+            Some(blocks) => {
+                let at = self.index(row, block, self.k / BLOCK);
+                UnsafeCell::raw_get(blocks[at..].as_ptr())
+            }
             None => panic!("the activations are not kept as int8"),
         }
     }
@@ -273,7 +273,7 @@ impl Activations {
     #[inline]
     pub(crate) fn float(&self, row: usize, column: usize) -> *mut f32 {
         match &self.f32 {
-            Some(floats) => floats[self.index(row, column, self.k)].get(),
+            Some(floats) => UnsafeCell::raw_get(floats[self.index(row, column, self.k)..].as_ptr()),
             None => panic!("the activations are not kept as f32"),
         }
     }
@@ -326,6 +326,9 @@ unsafe fn write_pairs<L: Lanes>(x: &[[f32; BLOCK]], out: *mut PairBlock) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// Blocks below are zero.
+    const TINY: f32 = MOST * f32::MIN_POSITIVE;
 
     fn all(x: &[f32; BLOCK]) -> QuantBlock {
         let blocks: Vec<QuantBlock> = Isa::available()
