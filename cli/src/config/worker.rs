@@ -52,7 +52,7 @@ pub(crate) struct WorkerSettings {
     #[arg(long, env = "SHOAL_ISA", value_name = "ISA")]
     pub(crate) isa: Option<String>,
 
-    /// Activations of prompts on the cpu backend: int8 as those of answers; or, ten times closer to
+    /// Activations of prompts on the cpu backend: int8 as those of answers; or, 20 times closer to
     /// float32, bf16, or bf16-tiles in the order of AMX [default: bf16-tiles with AMX, else int8]
     #[arg(
         long,

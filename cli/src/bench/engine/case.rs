@@ -10,8 +10,10 @@ pub(super) struct Group {
     pub(super) sequences: usize,
     /// Position of the first row of each.
     pub(super) position: usize,
-    /// Rows of each; the last wants logits.
+    /// Rows of each.
     pub(super) rows: usize,
+    /// Of outputs, a token and its draft, all rows want logits; of prompts, the last.
+    pub(super) role: Role,
     /// First pages that all have in common.
     pub(super) shared: usize,
 }
@@ -24,6 +26,7 @@ pub(super) struct Case {
 }
 
 const BATCHES: [usize; 5] = [1, 4, 8, 16, 32];
+const VERIFIED: [usize; 3] = [2, 4, 8];
 const CONTEXTS: [usize; 3] = [64, 256, 1024];
 const PREFILLS: [usize; 3] = [128, 512, LONGEST];
 /// The longest context, of one sequence.
@@ -34,7 +37,16 @@ fn decode(sequences: usize, context: usize) -> Group {
         sequences,
         position: context - 1,
         rows: 1,
+        role: Role::Output,
         shared: 0,
+    }
+}
+
+/// A token of a sequence and a draft of what follows, so many rows in all.
+fn verify(rows: usize, context: usize) -> Group {
+    Group {
+        rows,
+        ..decode(1, context)
     }
 }
 
@@ -43,6 +55,7 @@ fn prefill(position: usize, rows: usize) -> Group {
         sequences: 1,
         position,
         rows,
+        role: Role::Prompt,
         shared: 0,
     }
 }
@@ -68,6 +81,10 @@ pub(super) fn all(context: usize, chunk: usize) -> Vec<Case> {
         let name = format!("decode {sequences} x {context}");
         cases.push(one(name, vec![decode(sequences, context)]));
     }
+    for rows in VERIFIED {
+        let name = format!("verify {rows} rows at 256");
+        cases.push(one(name, vec![verify(rows, 256)]));
+    }
     let mixed = vec![decode(8, 256), prefill(0, 128)];
     cases.push(one("decode 8 x 256, prefill 128".to_owned(), mixed));
     for shared in [160, 1024] {
@@ -92,11 +109,11 @@ impl Group {
         self.position + self.rows
     }
 
-    /// Here, only prompts have several rows.
-    fn role(&self) -> Role {
-        match self.rows {
-            1 => Role::Output,
-            _ => Role::Prompt,
+    /// Rows of a sequence that want logits.
+    fn wanted(&self) -> usize {
+        match self.role {
+            Role::Output => self.rows,
+            Role::Prompt => 1,
         }
     }
 
@@ -113,14 +130,18 @@ impl Group {
 
     /// Tokens that their rows attend to, in all.
     pub(super) fn attended(&self) -> usize {
-        let last = self.end() * (self.end() + 1) / 2;
-        let before = self.position * (self.position + 1) / 2;
-        self.sequences * (last - before)
+        self.attended_by(self.rows)
     }
 
-    /// Tokens that the last row of each attends to, in all.
-    pub(super) fn last(&self) -> usize {
-        self.sequences * self.end()
+    /// Tokens that the rows which want logits attend to, in all.
+    pub(super) fn attended_by_wanted(&self) -> usize {
+        self.attended_by(self.wanted())
+    }
+
+    /// Tokens that the last `rows` of each attend to, in all.
+    fn attended_by(&self, rows: usize) -> usize {
+        let up_to = |end: usize| end * (end + 1) / 2;
+        self.sequences * (up_to(self.end()) - up_to(self.end() - rows))
     }
 }
 
@@ -157,9 +178,10 @@ impl Layout {
                 layout.segments.push(Segment {
                     rows: row..layout.tokens.len() as u32,
                     pages: pages..layout.page_table.len() as u32,
-                    role: group.role(),
+                    role: group.role,
                 });
-                layout.logit_rows.push(layout.tokens.len() as u32 - 1);
+                let end = layout.tokens.len() as u32;
+                layout.logit_rows.extend(end - group.wanted() as u32..end);
             }
         }
         layout
@@ -205,6 +227,7 @@ mod tests {
             sequences: 3,
             position: 70,
             rows: 2,
+            role: Role::Prompt,
             shared: 2,
         };
         let layout = Layout::new(&[group, prefill(0, 5)], 50);
@@ -215,6 +238,12 @@ mod tests {
         assert!(layout.tokens.iter().all(|&token| token < 50));
         assert_eq!(group.tokens(), 64 + 3 * 8);
         assert_eq!(group.attended(), 3 * (71 + 72));
+        assert_eq!(group.attended_by_wanted(), 3 * 72);
+
+        let layout = Layout::new(&[verify(3, 8)], 50);
+        assert_eq!(layout.positions, [7, 8, 9]);
+        assert_eq!(layout.logit_rows, [0, 1, 2]);
+        assert_eq!(verify(3, 8).attended_by_wanted(), 8 + 9 + 10);
     }
 
     #[test]

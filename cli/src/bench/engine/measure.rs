@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-use shoal_core::{PAGE_TOKENS, Sampling};
+use shoal_core::{PAGE_TOKENS, Role, Sampling};
 use shoal_engine::backend::Backend;
 use shoal_engine::config::EngineConfig;
 use shoal_engine::cpu::{CpuBackend, CpuOptions, Phase, PromptPrecision};
@@ -174,6 +174,7 @@ impl Bench {
                 sequences: LOGIT_ROWS.min((self.backend.pages() - first) as usize),
                 position: 0,
                 rows: 1,
+                role: Role::Output,
                 shared: 0,
             };
             self.step(&Layout::new(&[group], vocab).moved_to(first))?;
@@ -225,8 +226,9 @@ impl Bench {
         let groups = || case.steps.iter().flatten();
         if phase == Phase::Attention {
             let token = CpuBackend::page_bytes(spec, self.kv) / PAGE_TOKENS;
-            // The last layer attends with the last row of a sequence alone.
-            let attended = |group: &Group| (spec.n_layer - 1) * group.attended() + group.last();
+            // The last layer attends with the rows that want logits alone.
+            let attended =
+                |group: &Group| (spec.n_layer - 1) * group.attended() + group.attended_by_wanted();
             let attended: usize = groups().map(attended).sum();
             // An instruction for pairs of int16, which int8 become, does two of these.
             let at_once = match self.kv {

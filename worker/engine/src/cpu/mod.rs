@@ -42,7 +42,7 @@ const NUMERICS_VERSION: u32 = 4;
 pub enum PromptPrecision {
     /// As those of an output: the fastest on machines without AMX.
     Int8,
-    /// bf16, ten times closer to f32, summed in the order of AVX-512 BF16.
+    /// bf16, 20 times closer to f32, summed in the order of AVX-512 BF16.
     Bf16,
     /// bf16, summed in the order of AMX.
     Bf16Tiles,

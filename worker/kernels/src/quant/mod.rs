@@ -1,6 +1,6 @@
 //! Activations: quantised to int8 in blocks of 32 or rounded to bf16 for quantised weights, or f32.
 //!
-//! Of rows for quantised weights, those of prompts may be kept as bf16: that is some ten times
+//! Of rows for quantised weights, those of prompts may be kept as bf16: that is some 20 times
 //! closer to f32, and what matrix units multiply. Which rows are, the caller says.
 //!
 //! A block with the greatest magnitude `m` has the scale `m / 127` and the values
