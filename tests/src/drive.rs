@@ -109,11 +109,9 @@ pub fn assert_rows_without_logits_change_nothing(backend: &mut dyn Backend) {
     let mut run = |wanted: &[u32]| {
         let mut sequences = [0, 1, 2].map(|i| Sequence::new((4 * i..4 * i + 4).collect()));
         let mut step = Step::default();
-        for (i, (len, role)) in [(5, Role::Output), (40, Role::Prompt), (70, Role::Prompt)]
-            .into_iter()
-            .enumerate()
-        {
-            step.push(&mut sequences[i], &tokens(len), role);
+        let parts = [(5, Role::Output), (40, Role::Prompt), (70, Role::Prompt)];
+        for (sequence, (len, role)) in sequences.iter_mut().zip(parts) {
+            step.push(sequence, &tokens(len), role);
         }
         let logits = step.wanting(wanted).run(backend).expect("a step");
         let mut next = Step::default();

@@ -325,16 +325,9 @@ impl CpuBackend {
         group.broadcast(&mut self.words)?;
         let words = std::mem::take(&mut self.words);
         let mut segments = std::mem::take(&mut self.segments);
-        let result = match words::decode(&words, &mut segments) {
-            Some(batch)
-                if batch
-                    .page_table
-                    .iter()
-                    .all(|&page| page < self.options.pages) =>
-            {
-                self.fits(&batch).and_then(|()| self.run(&batch, &mut []))
-            }
-            _ => Err(BackendError::Plan),
+        let result = match words::decode(&words, &mut segments, self.options.pages) {
+            Some(batch) => self.fits(&batch).and_then(|()| self.run(&batch, &mut [])),
+            None => Err(BackendError::Plan),
         };
         (self.words, self.segments) = (words, segments);
         result

@@ -18,11 +18,8 @@ fn run<'a>(batch: &Batch<'a>, segment: &Segment, first: u32, rows: usize) -> Run
 /// All rows of a batch.
 pub(super) fn all<'a>(batch: &Batch<'a>) -> impl Iterator<Item = Run<'a>> {
     let batch = *batch;
-    let runs = batch.segments.iter();
-    runs.map(move |segment| {
-        let Segment { rows, .. } = segment;
-        run(&batch, segment, rows.start, rows.len())
-    })
+    let segments = batch.segments.iter();
+    segments.map(move |segment| run(&batch, segment, segment.rows.start, segment.rows.len()))
 }
 
 /// Those whose logits are wanted, one after the other.

@@ -37,8 +37,13 @@ pub(super) fn encode(batch: &Batch<'_>, words: &mut Vec<u32>) {
     words.extend_from_slice(batch.logit_rows);
 }
 
-/// The batch that `words` are, its segments in `segments`; `None` if they are none.
-pub(super) fn decode<'a>(words: &'a [u32], segments: &'a mut Vec<Segment>) -> Option<Batch<'a>> {
+/// The batch that `words` are, its segments in `segments`; `None` if they are none on a pool of so
+/// many pages.
+pub(super) fn decode<'a>(
+    words: &'a [u32],
+    segments: &'a mut Vec<Segment>,
+    pool: u32,
+) -> Option<Batch<'a>> {
     let (counts, mut rest) = words.split_first_chunk::<COUNTS>()?;
     let [rows, count, pages, logits] = counts.map(|count| count as usize);
     let mut take = |len: usize| {
@@ -76,6 +81,7 @@ pub(super) fn decode<'a>(words: &'a [u32], segments: &'a mut Vec<Segment>) -> Op
     let ascending = logit_rows.is_sorted_by(|row, next| row < next);
     let whole = rest.is_empty() && next as usize == rows;
     let good = whole && ascending && logit_rows.iter().all(|&row| (row as usize) < rows);
+    let good = good && page_table.iter().all(|&page| page < pool);
     good.then_some(Batch {
         tokens,
         positions,
@@ -88,6 +94,8 @@ pub(super) fn decode<'a>(words: &'a [u32], segments: &'a mut Vec<Segment>) -> Op
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const POOL: u32 = 5;
 
     fn segments() -> [Segment; 2] {
         [
@@ -121,7 +129,7 @@ mod tests {
     fn a_batch_comes_back() {
         let (words, mut decoded) = (words(), Vec::new());
         assert!(words.len() <= most(4, 2, 64));
-        let batch = decode(&words, &mut decoded).unwrap();
+        let batch = decode(&words, &mut decoded, POOL).unwrap();
         assert_eq!(batch.tokens, [5, 6, 7, 8]);
         assert_eq!(batch.positions, [31, 32, 33, 0]);
         assert_eq!(batch.segments, segments());
@@ -134,28 +142,28 @@ mod tests {
         let good = words();
         let mut decoded = Vec::new();
         for len in 0..good.len() {
-            assert!(decode(&good[..len], &mut decoded).is_none(), "{len}");
+            assert!(decode(&good[..len], &mut decoded, POOL).is_none(), "{len}");
         }
         let longer = [&good[..], &[1]].concat();
-        assert!(decode(&longer, &mut decoded).is_none());
+        assert!(decode(&longer, &mut decoded, POOL).is_none());
         // Each segment's rows and pages, and a logit row, out of bounds.
         for at in [13, 15, 18, 20, good.len() - 1] {
             let mut bad = good.clone();
             bad[at] = 5;
-            assert!(decode(&bad, &mut decoded).is_none(), "{at}");
+            assert!(decode(&bad, &mut decoded, POOL).is_none(), "{at}");
         }
-        // Rows that no segment has, and positions past its pages.
-        for (at, word) in [(12, 1), (17, 2), (8, 62)] {
+        // Rows that no segment has, positions past its pages, and a page past the pool.
+        for (at, word) in [(12, 1), (17, 2), (8, 62), (22, POOL)] {
             let mut bad = good.clone();
             bad[at] = word;
-            assert!(decode(&bad, &mut decoded).is_none(), "{at}");
+            assert!(decode(&bad, &mut decoded, POOL).is_none(), "{at}");
         }
         // The same logit row twice.
         let mut bad = good.clone();
         bad[good.len() - 2] = good[good.len() - 1];
-        assert!(decode(&bad, &mut decoded).is_none());
+        assert!(decode(&bad, &mut decoded, POOL).is_none());
         let mut bad = good;
         bad[1] = u32::MAX;
-        assert!(decode(&bad, &mut decoded).is_none());
+        assert!(decode(&bad, &mut decoded, POOL).is_none());
     }
 }
